@@ -1,0 +1,55 @@
+# Each target is one command on a fresh machine: it makes its own environment and installs what it needs.
+# Once that has happened, nothing here touches the network until pyproject.toml changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+CODE := $(wildcard finelip_diffusion pipelines train app examples benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test quality lint types style clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '@' 2>/dev/null \
+		|| sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 - \2/p' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed-core ## draw one long prompt with the bundled model, into demo.png
+	$(OFFLINE) $(PY) examples/demo.py
+
+test: $(VENV)/.installed-dev ## run the test suite
+	$(OFFLINE) $(PY) -m pytest
+
+quality: lint types ## check lint, format and types; change nothing
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(PY) -m mypy $(CODE)
+
+style: $(VENV)/.installed-dev ## fix what lint and format can fix
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove the environment, the caches and what was built
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment. A failed `venv` leaves a folder without pip behind: it is taken away again, so that the next try starts clean.
+$(PY):
+	@command -v $(PYTHON) >/dev/null || { echo "make: no '$(PYTHON)' found; install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "make: $$($(PYTHON) --version) is too old; Python 3.10 or newer is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "make: '$(PYTHON) -m venv' cannot install pip here; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed-core: pyproject.toml | $(PY)
+	$(PY) -m pip install --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(PY)
+	$(PY) -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $(VENV)/.installed-core $@

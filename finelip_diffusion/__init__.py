@@ -1,0 +1,41 @@
+"""Long prompts for Stable Diffusion: 248-token CLIP text encoders as a drop-in for diffusers pipelines.
+
+The public names. Each is imported on first use, so `import finelip_diffusion` itself loads no library.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipeline import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline, attach
+    from .prompts import PromptReport
+    from .text_encoder import load_text_encoder
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "FineLIPStableDiffusionPipeline",
+    "FineLIPStableDiffusionXLPipeline",
+    "PromptReport",
+    "__version__",
+    "attach",
+    "load_text_encoder",
+]
+
+_MODULES = {
+    "FineLIPStableDiffusionPipeline": "pipeline",
+    "FineLIPStableDiffusionXLPipeline": "pipeline",
+    "PromptReport": "prompts",
+    "attach": "pipeline",
+    "load_text_encoder": "text_encoder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

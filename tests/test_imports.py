@@ -1,0 +1,128 @@
+"""The rooms of the house: which module may import which, and what the package may depend on."""
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "finelip_diffusion"
+
+# Reading orders: a module may import those before it in its own line, never those after it. A new module gets its
+# place here. The bundled world and its measures know nothing of encoders and pipelines.
+READING_ORDERS = [
+    ["positions", "checkpoints", "tokenizer", "text_encoder", "prompts", "encoding", "pipeline"],
+    ["scenes", "metrics"],
+]
+LAST = "cli"  # the command line may use them all
+ORDERED = [name for order in READING_ORDERS for name in order]
+
+DEPENDENCIES = {"PIL", "diffusers", "huggingface_hub", "numpy", "safetensors", "sentencex", "torch", "transformers"}
+LAZY_DEPENDENCIES = {"ftfy", "open_clip"}  # extra `convert`: imported inside the function that needs them
+
+# Folders that Python puts first on sys.path when a script in them runs.
+SCRIPT_FOLDERS = ["app", "benchmarks", "examples", "pipelines", "train"]
+
+
+def package_modules() -> list[Path]:
+    return sorted(PACKAGE.glob("**/*.py"))
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Yields (absolute dotted name, whether it stands inside a function) for every import in the file.
+
+    Imports under `if TYPE_CHECKING:` count too: a type that has to come from a later module is in the wrong module.
+    """
+
+    def visit(node: ast.AST, in_function: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, in_function) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                module = child.module or ""
+                if child.level:
+                    parents = path.relative_to(ROOT).with_suffix("").parts[: -child.level]
+                    module = ".".join([*parents, *([module] if module else [])])
+                # `from package import module` names a module only in its second half: yield both readings.
+                yield from ((f"{module}.{alias.name}", in_function) for alias in child.names)
+            else:
+                inside = in_function or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+                yield from visit(child, inside)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), False)
+
+
+def own_imports(path: Path) -> set[str]:
+    """The package's modules that the file imports, through whichever spelling; "" stands for the package itself."""
+    found = set()
+    modules = {module.stem for module in package_modules()}
+    for name, _ in imports(path):
+        head, *rest = name.split(".")
+        if head == "finelip_diffusion":
+            found.add(rest[0] if rest and rest[0] in modules else "")
+    return found
+
+
+def test_every_module_has_its_place():
+    modules = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in package_modules()}
+    assert modules == {"__init__", *ORDERED, LAST}, "name a module's place in READING_ORDERS"
+
+
+@pytest.mark.parametrize("name", [*ORDERED, LAST])
+def test_imports_point_one_way(name):
+    if name == LAST:
+        allowed = {"", *ORDERED}
+    else:
+        (order,) = [order for order in READING_ORDERS if name in order]
+        allowed = set(order[: order.index(name)])
+    wrong = own_imports(PACKAGE / f"{name}.py") - allowed
+    assert not wrong, f"{name}.py imports {sorted(wrong)}; it may import {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("path", package_modules(), ids=lambda path: path.name)
+def test_the_package_imports_only_what_it_declares(path):
+    for name, in_function in imports(path):
+        head = name.split(".")[0]
+        if head in sys.stdlib_module_names or head in DEPENDENCIES or head == "finelip_diffusion":
+            continue
+        assert head in LAZY_DEPENDENCIES, f"{path.name} imports {head}, which is no dependency of the package"
+        assert in_function, f"{path.name} imports {head} at its top; it is optional, import it where it is used"
+
+
+def test_importing_the_package_loads_no_library():
+    """`finelip --help` and tools that only ask for the version must not wait seconds for torch."""
+    code = "import sys, finelip_diffusion; print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_there():
+    import finelip_diffusion
+
+    for name in finelip_diffusion.__all__:
+        assert getattr(finelip_diffusion, name) is not None
+        assert name in dir(finelip_diffusion)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        finelip_diffusion.no_such_name  # noqa: B018
+
+
+def test_only_the_package_is_a_package():
+    for folder in [*SCRIPT_FOLDERS, "tests"]:
+        assert not list((ROOT / folder).glob("**/__init__.py"))
+
+
+def test_no_room_for_odds_and_ends():
+    folders = [ROOT / folder for folder in ["finelip_diffusion", "tests", *SCRIPT_FOLDERS]]
+    stems = {path.stem for folder in folders for path in folder.glob("**/*.py")}
+    assert not stems & {"utils", "helpers", "common", "misc"}
+
+
+def test_no_script_hides_a_library():
+    libraries = {*importlib.metadata.packages_distributions(), *sys.stdlib_module_names}
+    for folder in SCRIPT_FOLDERS:
+        hidden = {path.stem for path in (ROOT / folder).glob("*.py")} & libraries
+        assert not hidden, f"{folder}/ hides {sorted(hidden)}: a script there would import its neighbour instead"
