@@ -1,0 +1,364 @@
+"""Foreign checkpoints: safe reading, and strict maps from their names to those of `transformers`' CLIP text model.
+
+The only room that knows foreign names. Canonical names are those of a flat `CLIPTextModel` (`embeddings.…`,
+`encoder.layers.N.…`, `final_layer_norm.…`), and `text_projection.weight`.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPTextConfig
+
+from .positions import KEPT_POSITIONS, merge_positions
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+TOKENS, POSITIONS = "embeddings.token_embedding.weight", "embeddings.position_embedding.weight"
+PROJECTION = "text_projection.weight"
+HEAD_WIDTH = 64  # every published CLIP text tower
+OPENAI_DEPTH = 12  # every text tower that OpenAI published
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_ADVICE = "give .safetensors, or a state dict of tensors only saved by torch.save"
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_SET_ASIDE = re.compile(
+    r"(visual|vision_model|visual_projection|cross_net)\..+|logit_scale|logit_bias"
+    r"|input_resolution|context_length|vocab_size|(.*\.)?(position_ids|attn_mask)"
+)
+_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
+_OPENAI_NAMES = {
+    "token_embedding.weight": TOKENS,
+    "positional_embedding": POSITIONS,
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+    "text_projection": PROJECTION,
+}
+_OPENAI_BLOCK_NAMES = {
+    f"{theirs}.{kind}": f"{ours}.{kind}"
+    for theirs, ours in {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }.items()
+    for kind in ("weight", "bias")
+}
+
+
+@dataclass(frozen=True)
+class TextWeights:
+    """The text tower of a checkpoint, under canonical names.
+
+    Attributes:
+        layout: `"huggingface"`, `"openai"` (OpenAI and open_clip name them alike), `"open_clip"` (a text tower of its
+            own, `text.…`) or `"two-table"` (FineLIP, Long-CLIP).
+        tensors: Canonical name -> tensor; no two share memory.
+        set_aside: Names in the checkpoint that are no part of the text tower, sorted.
+        where: What the tensors were read from, for error messages.
+    """
+
+    layout: str
+    tensors: dict[str, Tensor]
+    set_aside: tuple[str, ...]
+    where: str
+
+    def config(self, hidden_act: str | None = None, num_attention_heads: int | None = None) -> CLIPTextConfig:
+        """The configuration that the shapes imply.
+
+        Shapes say neither the activation nor the heads. Heads are width / 64. The activation is GELU for open_clip's
+        own layout and for towers of more than 12 layers (ViT-H, ViT-g, bigG), quick GELU otherwise (OpenAI, FineLIP,
+        Long-CLIP); `activation_is_known` says whether more than the shapes spoke for it.
+
+        Args:
+            hidden_act: `"quick_gelu"` or `"gelu"` in place of the rule.
+            num_attention_heads: In place of the rule.
+
+        Raises:
+            ValueError: If the tensors that give the shapes are missing or have too few dimensions, or the heads do
+                not divide the width.
+        """
+        depth = 1 + max(
+            (int(name.split(".")[2]) for name in self.tensors if name.startswith("encoder.layers.")), default=-1
+        )
+        first = "encoder.layers.0.mlp.fc1.weight"
+        missing = [name for name in (TOKENS, POSITIONS, first) if name not in self.tensors]
+        if missing:
+            raise ValueError(f"{self.where} lacks the text weights {_listed(map(self.own_name, missing))}.")
+        for name in (TOKENS, POSITIONS, first):
+            if self.tensors[name].ndim != 2:
+                shape = tuple(self.tensors[name].shape)
+                raise ValueError(f"{self.where} holds {self.own_name(name)} in shape {shape}, not in two dimensions.")
+        (vocab_size, width), positions = self.tensors[TOKENS].shape, self.tensors[POSITIONS].shape[0]
+        heads = num_attention_heads or width // HEAD_WIDTH
+        if heads < 1 or width % heads or (num_attention_heads is None and width % HEAD_WIDTH):
+            raise ValueError(
+                f"{self.where} is {width} wide, which {heads} attention heads"
+                f"{'' if num_attention_heads else ' of 64'} do not divide: give num_attention_heads."
+            )
+        projection = self.tensors.get(PROJECTION)
+        return CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=self.tensors[first].shape[0],
+            projection_dim=projection.shape[0] if projection is not None and projection.ndim == 2 else width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            max_position_embeddings=positions,
+            hidden_act=hidden_act or ("gelu" if self.layout == "open_clip" or depth > OPENAI_DEPTH else "quick_gelu"),
+        )
+
+    def own_name(self, name: str) -> str:
+        """What the checkpoint calls the tensor of a canonical name."""
+        if self.layout == "huggingface":
+            return name
+        layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)
+        if layer is None:
+            own = next((theirs for theirs, ours in _OPENAI_NAMES.items() if ours == name), name)
+        else:
+            part = re.sub(r"self_attn\.[qkv]_proj\.", "attn.in_proj_", layer[2])
+            part = next((theirs for theirs, ours in _OPENAI_BLOCK_NAMES.items() if ours == part), part)
+            own = f"transformer.resblocks.{layer[1]}.{part}"
+        return f"text.{own}" if self.layout == "open_clip" else own
+
+    @property
+    def activation_is_known(self) -> bool:
+        """Whether the checkpoint itself tells OpenAI's quick GELU from open_clip's GELU."""
+        return (
+            self.layout in ("two-table", "open_clip")
+            or "input_resolution" in self.set_aside
+            or (f"encoder.layers.{OPENAI_DEPTH}.mlp.fc1.weight" in self.tensors)
+        )
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Reads the tensors of a checkpoint file without running anything that it holds.
+
+    Takes safetensors, files of `torch.save` (through `weights_only=True`), and the `….index.json` of either, which
+    names shards. Wrapping dictionaries (`{"state_dict": …}`) and the prefixes of DistributedDataParallel and
+    `torch.compile` are taken off.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Name -> tensor, on the CPU; may be mapped from the file.
+
+    Raises:
+        ValueError: If the file is no checkpoint, is damaged, is a TorchScript archive, or would have to run code.
+    """
+    if path.name.endswith(".index.json"):
+        shards = shard_names(path)
+        return {name: tensor for shard in shards for name, tensor in read_checkpoint(path.parent / shard).items()}
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: check the path, or download the file again.")
+    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _unwrap(_read_pickle(path))
+    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors under names: give a state dict of a CLIP.")
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def shard_names(path: Path) -> list[str]:
+    """The files that an `….index.json` names, sorted.
+
+    Raises:
+        ValueError: If the file is no such index.
+    """
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{path} names no shards: download it again.")
+    return sorted(set(shards.values()))
+
+
+def text_weights(
+    tensors: Mapping[str, Tensor], where: str = "the checkpoint", keep: int = KEPT_POSITIONS
+) -> TextWeights:
+    """Picks the text tower out of a state dict, under canonical names.
+
+    Args:
+        tensors: A state dict in the layout of `transformers` (any version, text model or whole CLIP), OpenAI,
+            open_clip, FineLIP or Long-CLIP.
+        where: What to call the source in error messages.
+        keep: Rows that a two-table checkpoint takes from its frozen table.
+
+    Returns:
+        The weights. Whether they are complete and of the right shapes is checked by `check_weights`.
+
+    Raises:
+        ValueError: If there is no CLIP text tower, or there are names that no part of a CLIP bears.
+    """
+    aside = sorted(name for name in tensors if _SET_ASIDE.fullmatch(name))
+    text = {name: tensor for name, tensor in tensors.items() if not _SET_ASIDE.fullmatch(name)}
+    layout = _layout(text)
+    if layout is None:
+        raise ValueError(
+            f"{where} holds no CLIP text tower in the layout of transformers, OpenAI or open_clip "
+            f"(its names begin with {', '.join(sorted(tensors)[:3])})."
+        )
+    if layout == "huggingface":
+        found = {name.removeprefix("text_model."): tensor for name, tensor in text.items()}
+        extra: list[str] = []
+    else:
+        found, extra = _from_openai({name.removeprefix("text."): tensor for name, tensor in text.items()}, keep, where)
+    if extra:
+        raise ValueError(f"{where} holds text weights that a CLIP does not have: {_listed(extra)}.")
+    return TextWeights(
+        layout, {name: tensor.clone().contiguous() for name, tensor in found.items()}, tuple(aside), where
+    )
+
+
+def check_weights(weights: TextWeights, expected: Mapping[str, Tensor]) -> None:
+    """Compares weights with those that a model has, strictly.
+
+    Args:
+        weights: The weights.
+        expected: Canonical name -> tensor of the right shape (a model's on the meta device will do).
+
+    Raises:
+        ValueError: If names are missing or too many, shapes differ, or numbers are not floating or not finite; each
+            named.
+    """
+    tensors, where = weights.tensors, weights.where
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"{where} lacks the text weights {_listed(map(weights.own_name, missing))}.")
+    if extra := sorted(tensors.keys() - expected.keys() - {PROJECTION}):
+        named = _listed(map(weights.own_name, extra))
+        raise ValueError(f"{where} holds text weights that the model does not have: {named}.")
+    misshapen = [
+        f"{_both_names(weights, name)} is {tuple(tensors[name].shape)} and must be {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if tensors[name].shape != tensor.shape
+    ]
+    if misshapen:
+        raise ValueError(f"{where} holds text weights of the wrong shape: {_listed(misshapen)}.")
+    for name in expected:
+        named = _both_names(weights, name)
+        if tensors[name].dtype not in _DTYPES:
+            raise ValueError(f"{where} holds {named} as {tensors[name].dtype}: give floats of 16, 32 or 64 bits.")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{where} holds NaN or infinite numbers in {named}: the weights are damaged.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        ValueError: If the file is missing, no JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no readable JSON file: download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: download it again.")
+    return content
+
+
+def _layout(text: Iterable[str]) -> str | None:
+    names = set(text)
+    if names & {TOKENS, f"text_model.{TOKENS}", POSITIONS, f"text_model.{POSITIONS}"}:
+        return "huggingface"
+    if any(name.startswith("text.transformer.resblocks.") for name in names):
+        return "open_clip"
+    if any(_BLOCK.match(name) for name in names):
+        return "two-table" if "positional_embedding_res" in names else "openai"
+    return None
+
+
+def _from_openai(text: dict[str, Tensor], keep: int, where: str) -> tuple[dict[str, Tensor], list[str]]:
+    """OpenAI's names -> canonical names, and the names that are in neither."""
+    found: dict[str, Tensor] = {}
+    extra = []
+    trained = text.pop("positional_embedding_res", None)
+    for name, tensor in text.items():
+        block = _BLOCK.fullmatch(name)
+        layer, part = (f"encoder.layers.{block[1]}.", block[2]) if block else ("", name)
+        if block and part in _OPENAI_BLOCK_NAMES:
+            found[layer + _OPENAI_BLOCK_NAMES[part]] = tensor
+        elif block and part in ("attn.in_proj_weight", "attn.in_proj_bias"):
+            for target, third in zip(
+                "qkv", tensor.chunk(3) if tensor.ndim else (), strict=False
+            ):  # (3 D, ...) -> (D, ...) each
+                found[f"{layer}self_attn.{target}_proj.{part.rsplit('_', 1)[1]}"] = third
+        elif name == "text_projection" and tensor.ndim == 2:
+            found[PROJECTION] = tensor.T  # (D, E) -> (E, D), as nn.Linear keeps it
+        elif name in _OPENAI_NAMES:
+            found[_OPENAI_NAMES[name]] = tensor
+        else:
+            extra.append(name)
+    if trained is not None:
+        if POSITIONS not in found:
+            raise ValueError(
+                f"{where} lacks the text weights positional_embedding, though it has positional_embedding_res."
+            )
+        try:
+            found[POSITIONS] = merge_positions(found[POSITIONS], trained, keep)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    return found, extra
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no readable safetensors file ({error}): download or save it again.") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    archive = zipfile.is_zipfile(path)
+    if archive and _is_torchscript(path):
+        raise ValueError(
+            f"{path} is a TorchScript archive, which holds code: save its state_dict() with torch.save and give that, "
+            f"or give the same model in the layout of transformers."
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = (
+            f"is a pickle that wants to run {wanted[1]}"
+            if wanted
+            else "is no checkpoint, or one that wants to run code"
+        )
+        raise ValueError(f"{path} {what}, and was refused unread: {_ADVICE}.") from error
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} is no checkpoint, or a damaged one: {_ADVICE}.") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _unwrap(loaded: Any) -> dict[str, Any]:
+    while isinstance(loaded, Mapping):
+        inner = next((loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)), None)
+        if inner is None:
+            return {name: value for name, value in loaded.items() if isinstance(name, str)}
+        loaded = inner
+    return {}
+
+
+def _both_names(weights: TextWeights, name: str) -> str:
+    own = weights.own_name(name)
+    return name if own == name else f"{own} ({name})"
+
+
+def _listed(names: Iterable[str], limit: int = 5) -> str:
+    unique = list(dict.fromkeys(names))
+    return ", ".join(unique[:limit]) + (f" and {len(unique) - limit} more" if len(unique) > limit else "")

@@ -1,0 +1,393 @@
+"""Any CLIP text weights in, a stock text encoder out: `CLIPTextModel` and `CLIPTokenizer` for long prompts."""
+
+import logging
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.activations import ACT2FN
+
+from .checkpoints import (
+    POSITIONS,
+    PROJECTION,
+    SUFFIXES,
+    TextWeights,
+    check_weights,
+    read_checkpoint,
+    read_json,
+    shard_names,
+    text_weights,
+)
+from .positions import KEPT_POSITIONS, find_ratio, stretch_positions, stretched_length
+from .tokenizer import VOCAB_SIZE, clip_tokenizer
+
+MAX_LENGTH = 248
+"""Tokens that a stretched encoder reads: 77 rows, 20 kept, ratio 4."""
+
+TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
+
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model.fp16.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+logger = logging.getLogger(__name__)
+
+
+def load_text_encoder(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    max_length: int | None = MAX_LENGTH,
+    keep: int = KEPT_POSITIONS,
+    ratio: int | None = None,
+    pad_token: str | None = None,
+    projection: bool | None = None,
+    dtype: torch.dtype | None = None,
+    hidden_act: str | None = None,
+    num_attention_heads: int | None = None,
+    tokenizer: CLIPTokenizer | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> tuple[TextEncoder, CLIPTokenizer]:
+    """Loads CLIP text weights from wherever they are, for prompts of `max_length` tokens.
+
+    A table that already has `max_length` rows is left as it is; a shorter one is stretched, which by itself trains
+    nothing. Reading is strict and runs no code: see `checkpoints`.
+
+    Args:
+        source: One of
+            - a folder or hub id with a CLIP text model, or a whole CLIP, in the layout of `transformers`;
+            - a folder or hub id of a diffusers pipeline, or a folder of `save_text_encoder`;
+            - a file (.safetensors, .pt, .pth, .bin, .ckpt) in the layout of OpenAI, FineLIP, Long-CLIP, open_clip or
+              `transformers`.
+        subfolder: Where in a folder the encoder lies; `"text_encoder_2"` goes with `tokenizer_2`. By default the
+            folder itself, or else its `text_encoder`.
+        max_length: Tokens that the encoder shall read; None keeps the table's rows.
+        keep: First rows that stretching leaves as they are, and that two tables take from the frozen one.
+        ratio: New positions for an old one. By default what `max_length` needs; if given, both must agree.
+        pad_token: `"eos"`, or a token of the vocabulary such as `"!"` (id 0, what FineLIP's and Long-CLIP's own code
+            pads with). By default the source tokenizer's own, or end-of-text where the source has no tokenizer.
+        projection: Whether to keep the text projection (`CLIPTextModelWithProjection`, as SDXL's second encoder).
+            By default as the source's `config.json` says; a file gives a `CLIPTextModel`.
+        dtype: Floating dtype of the result; by default the widest one among the text weights.
+        hidden_act: `"quick_gelu"` or `"gelu"`, for a file; by default the rule of `TextWeights.config`. Sources with a
+            `config.json` follow that.
+        num_attention_heads: For a file; by default width / 64.
+        tokenizer: In place of the source's; it is copied with the right `model_max_length`.
+        revision: Branch, tag or commit of a hub id.
+        token: Access token of the hub.
+        local_files_only: Whether to look only into the local cache.
+
+    Returns:
+        The encoder, in evaluation mode on the CPU, and its tokenizer with `model_max_length` set to the rows of the
+        position table. The start, end and padding ids in `config` are the tokenizer's.
+
+    Raises:
+        ValueError: If the source is missing or no CLIP, its text weights are not exactly those of a CLIP or not
+            finite, it is a pickle that wants to run code, `max_length` cannot be reached, the hub cannot be, or
+            tokenizer and weights do not fit each other. One sentence.
+    """
+    hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
+    file, folder, config = _locate(source, subfolder, hub)
+    weights = text_weights(read_checkpoint(file), where=str(file), keep=keep)
+    if config is None:
+        config, with_projection = weights.config(hidden_act, num_attention_heads), bool(projection)
+        if hidden_act is None and not weights.activation_is_known:
+            logger.warning("%s does not say its activation; %s is assumed (hidden_act=).", file, config.hidden_act)
+    else:
+        config, with_projection = _text_config(config, weights, projection)
+    _check(weights, config, with_projection)
+    if aside := weights.set_aside + (() if with_projection or PROJECTION not in weights.tensors else (PROJECTION,)):
+        logger.info("%s: %d tensors are no part of the encoder and were set aside: %s.", file, len(aside), aside)
+
+    tensors = weights.tensors
+    tensors[POSITIONS] = _fit_positions(tensors[POSITIONS], max_length, keep, ratio, str(file))
+    rows = config.max_position_embeddings = tensors[POSITIONS].shape[0]
+    tokenizer = _tokenizer(tokenizer, folder, rows, pad_token, config.vocab_size, str(file))
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    return _build(config, tensors, with_projection, dtype), tokenizer
+
+
+def save_text_encoder(
+    text_encoder: TextEncoder,
+    tokenizer: CLIPTokenizer,
+    folder: str | Path,
+    *,
+    subfolder: str = "text_encoder",
+    overwrite: bool = False,
+) -> Path:
+    """Saves an encoder and its tokenizer as `transformers` (4 and 5) and `diffusers` load them.
+
+    Writes `folder/text_encoder` and `folder/tokenizer`, each renamed into place when complete.
+
+    Args:
+        text_encoder: The encoder; weights are saved in its dtype.
+        tokenizer: Its tokenizer.
+        folder: Made if it does not exist; what else it holds is left alone.
+        subfolder: Name of the encoder's folder; the tokenizer's follows it (`text_encoder_2`, `tokenizer_2`).
+        overwrite: Whether to replace either folder.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: If either folder exists and `overwrite` is false, or `folder` is a file.
+    """
+    folder = Path(folder)
+    names = (subfolder, _tokenizer_name(subfolder))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a folder to save into.")
+    taken = [str(folder / name) for name in names if (folder / name).exists()]
+    if taken and not overwrite:
+        raise ValueError(f"{' and '.join(taken)} would be overwritten: choose another folder, or say overwrite=True.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as stage:
+        encoder_stage, tokenizer_stage = (Path(stage, name) for name in names)
+        _write_encoder(text_encoder, encoder_stage)
+        tokenizer.save_pretrained(tokenizer_stage)
+        tokenizer.backend_tokenizer.model.save(str(tokenizer_stage))  # vocab.json and merges.txt, for transformers 4
+        for name in names:
+            if (folder / name).exists():
+                (folder / name).rename(Path(stage, f"old-{name}"))
+            Path(stage, name).rename(folder / name)
+    return folder
+
+
+def check_width(text_encoder: nn.Module | Sequence[nn.Module], unet: nn.Module) -> None:
+    """Refuses an encoder whose states the UNet cannot attend to.
+
+    Args:
+        text_encoder: One encoder, or the encoders whose states are concatenated on channels (SDXL).
+        unet: A diffusers UNet; `config.encoder_hid_dim` or else `config.cross_attention_dim` is what it reads.
+
+    Raises:
+        ValueError: If the widths differ; the sentence names both.
+    """
+    encoders = [text_encoder] if isinstance(text_encoder, nn.Module) else list(text_encoder)
+    widths = [_config(encoder).hidden_size for encoder in encoders]
+    wanted = getattr(_config(unet), "encoder_hid_dim", None) or _config(unet).cross_attention_dim
+    for width in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
+        if width != sum(widths):
+            parts = f" ({' + '.join(map(str, widths))})" if len(widths) > 1 else ""
+            raise ValueError(
+                f"the text encoder is {sum(widths)} wide{parts}, but the UNet reads states of width {width}: "
+                f"choose an encoder of the CLIP that the UNet was trained with."
+            )
+
+
+def text_embeddings(text_encoder: TextEncoder) -> Any:
+    """The module with `token_embedding`, `position_embedding` and `position_ids`, in transformers 4 and 5 alike."""
+    return getattr(text_encoder, "text_model", text_encoder).embeddings
+
+
+def final_layer_norm(text_encoder: TextEncoder) -> nn.LayerNorm:
+    """The norm after the last layer, in transformers 4 and 5 alike."""
+    return getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+
+
+def _locate(
+    source: str | Path, subfolder: str | None, hub: dict[str, Any]
+) -> tuple[Path, Path | None, dict[str, Any] | None]:
+    """Weights file, the encoder's folder and its `config.json`; the last two are None for a bare file."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        if subfolder is not None:
+            raise ValueError(f"{path} is a file and has no subfolder {subfolder!r}: leave subfolder out.")
+        return path, None, None
+    if path.is_dir():
+        folder = _encoder_folder(path, subfolder)
+        file = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    elif _HUB_ID.fullmatch(str(source)) and path.suffix not in SUFFIXES:
+        folder, file = _download(str(source), subfolder, hub)
+    else:
+        raise ValueError(f"{source} does not exist: give a folder, a checkpoint file, or a hub id (owner/name).")
+    if file is None:
+        raise ValueError(f"{folder} holds no weights: one of {', '.join(_WEIGHT_FILES)} must be there.")
+    return file, folder, read_json(folder / "config.json")
+
+
+def _encoder_folder(root: Path, subfolder: str | None) -> Path:
+    candidates = [root / subfolder] if subfolder else [root, root / "text_encoder"]
+    for folder in candidates:
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(
+        f"{root} holds no CLIP text model: config.json is neither in {' nor in '.join(map(str, candidates))}; "
+        f"give the folder of a model or pipeline, or the path of a checkpoint file."
+    )
+
+
+def _download(repository: str, subfolder: str | None, hub: dict[str, Any]) -> tuple[Path, Path | None]:
+    """Fetches configuration and tokenizer, then the first weights file that the repository has."""
+    try:
+        root = Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt"], **hub))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ValueError(
+            f"{repository} is no folder here, and as a hub id it cannot be reached or is not cached "
+            f"({type(error).__name__}): check the name and the network, or download it and give the folder."
+        ) from error
+    folder = _encoder_folder(root, subfolder)
+    inside = folder.relative_to(root)
+    for name in _WEIGHT_FILES:
+        try:
+            file = Path(hf_hub_download(repository, (inside / name).as_posix(), **hub))
+            for shard in shard_names(file) if file.suffix == ".json" else ():
+                hf_hub_download(repository, (inside / shard).as_posix(), **hub)
+            return folder, file
+        except (OSError, HfHubHTTPError):  # not in the repository, or not in the cache
+            continue
+    return folder, None
+
+
+def _text_config(config: dict[str, Any], weights: TextWeights, projection: bool | None) -> tuple[CLIPTextConfig, bool]:
+    """The text part of a `config.json`, and whether the encoder shall have a projection."""
+    kind, where = config.get("model_type"), Path(weights.where).with_name("config.json")
+    if kind not in ("clip", "clip_text_model"):
+        raise ValueError(f"{where} is of a model of type {kind!r}, not of a CLIP: give a CLIP text model.")
+    try:
+        text = CLIPConfig.from_dict(config).text_config if kind == "clip" else CLIPTextConfig.from_dict(config)
+    except Exception as error:  # transformers validates with exceptions of its own
+        cause = " ".join(str(error).split())
+        raise ValueError(
+            f"{where} describes no CLIP text model ({cause}): correct it, or download it again."
+        ) from error
+    if (found := weights.tensors.get(PROJECTION)) is not None and found.ndim == 2:
+        text.projection_dim = found.shape[0]
+    if (positions := weights.tensors.get(POSITIONS)) is not None and positions.ndim == 2:
+        text.max_position_embeddings = positions.shape[0]  # long CLIPs are about whose config.json still says 77
+    if projection is None:
+        projection = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+    return text, projection
+
+
+def _check(weights: TextWeights, config: CLIPTextConfig, with_projection: bool) -> None:
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(
+            f"hidden_act is {config.hidden_act!r}, but CLIPs have 'quick_gelu' or 'gelu': give one of them."
+        )
+    whole = weights.layout != "huggingface"  # the other layouts always have the projection
+    with torch.device("meta"):
+        model = (CLIPTextModelWithProjection if with_projection or whole else CLIPTextModel)(config)
+    check_weights(weights, {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()})
+
+
+def _fit_positions(table: Tensor, max_length: int | None, keep: int, ratio: int | None, where: str) -> Tensor:
+    rows = table.shape[0]
+    if max_length is None or max_length == rows:
+        return table
+    try:
+        needed = find_ratio(rows, max_length, keep)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if ratio not in (None, needed):
+        raise ValueError(
+            f"{where}: ratio {ratio} takes {rows} rows to {stretched_length(rows, keep, ratio)}, not to "
+            f"max_length={max_length}, which needs ratio {needed}: leave one of the two out."
+        )
+    return stretch_positions(table, keep, needed)
+
+
+def _tokenizer_name(subfolder: str) -> str:
+    name = Path(subfolder).name
+    return name.replace("text_encoder", "tokenizer") if "text_encoder" in name else "tokenizer"
+
+
+def _tokenizer(
+    given: CLIPTokenizer | None,
+    folder: Path | None,
+    max_length: int,
+    pad_token: str | None,
+    vocab_size: int,
+    where: str,
+) -> CLIPTokenizer:
+    """The tokenizer that was given, or the source's own, or CLIP's."""
+    with tempfile.TemporaryDirectory() as copy:
+        home = _tokenizer_folder(folder)
+        if given is not None:
+            given.save_pretrained(copy)
+            home = Path(copy)
+        if home is None:
+            if vocab_size != VOCAB_SIZE:
+                raise ValueError(
+                    f"{where} has a vocabulary of {vocab_size} tokens and no tokenizer beside it, but CLIP's own has "
+                    f"{VOCAB_SIZE}: give tokenizer=."
+                )
+            found = clip_tokenizer(max_length)
+            if pad_token not in (None, "eos", found.eos_token):
+                found = clip_tokenizer(max_length, pad_token)
+            return found
+        try:
+            found = CLIPTokenizer.from_pretrained(home, model_max_length=max_length)
+        except Exception as error:  # whatever the files hold; tokenizers raises bare exceptions
+            raise ValueError(
+                f"{home} holds no readable CLIP tokenizer: download it again, or give tokenizer=."
+            ) from error
+        pad = found.eos_token if pad_token == "eos" else pad_token
+        if pad is not None and pad != found.pad_token:
+            if pad not in found.get_vocab():
+                raise ValueError(f"pad_token={pad!r} is not in the vocabulary: give 'eos' or a token that is.")
+            found = CLIPTokenizer.from_pretrained(home, model_max_length=max_length, pad_token=pad)
+    if len(found) > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(found)} tokens, but {where} embeds only {vocab_size}: give the tokenizer that "
+            f"belongs to these weights."
+        )
+    return found
+
+
+def _tokenizer_folder(folder: Path | None) -> Path | None:
+    """Beside the encoder's folder, or in it."""
+    if folder is None:
+        return None
+    for place in (folder.parent / _tokenizer_name(folder.name), folder):
+        if (place / "tokenizer.json").is_file() or (place / "vocab.json").is_file():
+            return place
+    return None
+
+
+def _build(
+    config: CLIPTextConfig, tensors: dict[str, Tensor], with_projection: bool, dtype: torch.dtype | None
+) -> TextEncoder:
+    with torch.device("meta"):
+        model: TextEncoder = (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config)
+    names = {name: name.removeprefix("text_model.") for name in model.state_dict()}
+    if dtype is None:
+        dtype = tensors[POSITIONS].dtype
+        for name in names.values():
+            dtype = torch.promote_types(dtype, tensors[name].dtype)
+    model.load_state_dict({name: tensors[ours].to(dtype) for name, ours in names.items()}, assign=True)
+    text_embeddings(model).position_ids = torch.arange(config.max_position_embeddings).unsqueeze(0)
+    return model.eval()
+
+
+def _write_encoder(text_encoder: TextEncoder, folder: Path) -> None:
+    """A `save_pretrained` whose names begin with `text_model.`, which transformers 4 needs and 5 understands."""
+    config = type(text_encoder.config)(**text_encoder.config.to_dict())
+    config.architectures = [type(text_encoder).__name__]
+    config.dtype = text_encoder.dtype
+    folder.mkdir()
+    config.save_pretrained(folder)
+    tensors = {
+        name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": tensor.contiguous()
+        for name, tensor in text_encoder.state_dict().items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _config(module: nn.Module) -> Any:
+    return module.config
