@@ -1,0 +1,281 @@
+"""The command line: `finelip generate`, `finelip describe`, `finelip convert`."""
+
+import argparse
+import json
+import logging
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+
+DTYPES = ("float32", "float16", "bfloat16")
+LONG_PROMPTS = ("stretch", "truncate", "chunk", "segment", "auto")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit status: 0, or 1 after one line on stderr that says what is wrong (2 for a malformed command).
+    """
+    args = _parser().parse_args(argv)
+    logging.basicConfig(format="finelip: %(message)s", level=logging.WARNING)
+    logging.getLogger("finelip_diffusion").setLevel(logging.INFO if args.run is convert else logging.WARNING)
+    try:
+        args.run(args)
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"finelip {args.command}: error: {reason}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"finelip {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Draws images of one prompt, one seed after the other, and says what was read of the prompt.
+
+    Args:
+        args: The flags of `finelip generate`.
+
+    Raises:
+        ValueError: If the prompt is empty or no text, or an argument does not fit the model.
+        OSError: If a file or the model is missing, a file exists already, or the folder cannot be written.
+    """
+    prompt = _prompt(args)
+    seeds = range(args.seed, args.seed + args.num_images)
+    paths = [args.out / f"image-{seed}.png" for seed in seeds]
+    existing = [str(path) for path in paths if path.exists()]
+    if existing and not args.overwrite:
+        raise FileExistsError(f"{', '.join(existing)} would be overwritten: choose another --out, or say --overwrite.")
+    _check_writable(args.out)
+
+    import torch
+
+    pipe = _pipeline(args)
+    print(pipe.describe_prompt(prompt), flush=True)
+    for number, (seed, path) in enumerate(zip(seeds, paths, strict=True), start=1):
+        pipe.set_progress_bar_config(desc=f"image {number} of {args.num_images}")
+        image = pipe(
+            prompt,
+            negative_prompt=args.negative_prompt,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance_scale,
+            height=args.height,
+            width=args.width,
+            generator=torch.Generator().manual_seed(seed),  # on the CPU: the same noise on every device
+        ).images[0]
+        settings = {
+            "model": args.model or "bundled",
+            "finelip": args.finelip,
+            "long_prompt": args.long_prompt,
+            "seed": seed,
+            "steps": args.steps,
+            "guidance_scale": args.guidance_scale,
+            "height": image.height,
+            "width": image.width,
+            "dtype": args.dtype,
+            "version": __version__,
+        }
+        _write_image(image, path, {"prompt": prompt, "negative_prompt": args.negative_prompt or "", **settings})
+        print(path, flush=True)
+
+
+def describe(args: argparse.Namespace) -> None:
+    """Says what a pipeline reads of a prompt, and what it drops.
+
+    Args:
+        args: The flags of `finelip describe`.
+
+    Raises:
+        ValueError: If the prompt is empty or no text.
+        OSError: If a file or the model is missing.
+    """
+    print(_pipeline(args).describe_prompt(_prompt(args)))
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Turns any CLIP text weights into a folder that transformers and diffusers load.
+
+    Args:
+        args: The flags of `finelip convert`.
+
+    Raises:
+        ValueError: If the source is no CLIP, its weights are not as they must be, or the folder exists.
+        OSError: If the folder cannot be written.
+    """
+    import torch
+
+    from .text_encoder import load_text_encoder, save_text_encoder
+
+    text_encoder, tokenizer = load_text_encoder(
+        args.source,
+        max_length=args.max_length,
+        keep=args.keep,
+        ratio=args.ratio,
+        pad_token=args.pad_token,
+        projection=args.projection,
+        dtype=args.dtype and getattr(torch, args.dtype),
+    )
+    save_text_encoder(text_encoder, tokenizer, args.out, overwrite=args.overwrite)
+    config = text_encoder.config
+    print(
+        f"{args.out}: {type(text_encoder).__name__}, {config.max_position_embeddings} positions, "
+        f"{config.hidden_size} wide, {config.num_hidden_layers} layers, "
+        f"{str(text_encoder.dtype).removeprefix('torch.')}, padding {tokenizer.pad_token!r}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="finelip", description="Long prompts for Stable Diffusion.")
+    parser.add_argument("--version", action="version", version=f"finelip {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    read = _Parser(add_help=False)
+    prompt = read.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", metavar="FILE", type=Path, help="a UTF-8 text file")
+    read.add_argument("--model", help="folder or hub id of a Stable Diffusion (default: the bundled model)")
+    read.add_argument("--finelip", metavar="SOURCE", help="a long text encoder: folder, hub id or checkpoint file")
+    read.add_argument("--long-prompt", choices=LONG_PROMPTS, default="stretch", help="how the prompt is read")
+    read.add_argument("--dtype", choices=DTYPES, default="float32")
+    read.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+
+    command = commands.add_parser("generate", parents=[read], help="draw images of a prompt")
+    command.add_argument("--out", metavar="DIR", type=Path, required=True, help="gets image-SEED.png")
+    command.add_argument("--negative-prompt", metavar="TEXT")
+    command.add_argument("--seed", type=_integer(0, 2**63 - 1), default=0, help="of the first image (default: 0)")
+    command.add_argument("--num-images", type=_integer(1), default=1, help="one for each following seed (default: 1)")
+    command.add_argument("--steps", type=_integer(1), default=30, help="denoising steps (default: 30)")
+    command.add_argument("--guidance-scale", type=_scale, default=7.5, help="(default: 7.5)")
+    command.add_argument("--height", type=_integer(8, multiple=8), help="pixels (default: the model's)")
+    command.add_argument("--width", type=_integer(8, multiple=8), help="pixels (default: the model's)")
+    command.add_argument("--overwrite", action="store_true", help="replace images that exist already")
+    command.set_defaults(run=generate)
+
+    command = commands.add_parser("describe", parents=[read], help="say what is read of a prompt")
+    command.set_defaults(run=describe)
+
+    command = commands.add_parser("convert", help="turn CLIP text weights into a long text encoder")
+    command.add_argument("source", metavar="SOURCE", help="folder, hub id or checkpoint file")
+    command.add_argument("out", metavar="OUT", type=Path, help="gets text_encoder/ and tokenizer/")
+    command.add_argument("--max-length", type=_integer(3), default=248, help="positions wanted (default: 248)")
+    command.add_argument("--keep", type=_integer(0), default=20, help="first positions left as they are (default: 20)")
+    command.add_argument("--ratio", type=_integer(1), help="new positions for an old one (default: as needed)")
+    command.add_argument("--pad-token", metavar="TOKEN", help="'eos', or a token such as '!' (default: the source's)")
+    command.add_argument("--projection", action=argparse.BooleanOptionalAction, help="keep the text projection")
+    command.add_argument("--dtype", choices=DTYPES, help="(default: the source's)")
+    command.add_argument("--overwrite", action="store_true", help="replace what exists already")
+    command.set_defaults(run=convert)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _integer(least: int, greatest: int | None = None, multiple: int = 1):
+    """Parser of a whole number within bounds."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if value < least or (greatest is not None and value > greatest) or value % multiple:
+            bounds = f"at least {least}" if greatest is None else f"{least} to {greatest}"
+            raise argparse.ArgumentTypeError(
+                f"{value} must be {bounds}" + (f" and divisible by {multiple}" if multiple > 1 else "")
+            )
+        return value
+
+    return parse
+
+
+def _scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must be finite and at least 0")
+    return value
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file is None:
+        prompt, where = args.prompt, "--prompt"
+    else:
+        where = str(args.prompt_file)
+        try:
+            prompt = args.prompt_file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where} is no UTF-8 text: {error.reason} at byte {error.start}.") from None
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds bytes that are no UTF-8 text.") from None
+    if not prompt.strip():
+        raise ValueError(f"{where} is empty: write what the image shall show.")
+    return prompt.strip()
+
+
+def _check_writable(folder: Path) -> None:
+    """Finds out before the work, not after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _pipeline(args: argparse.Namespace):
+    """The pipeline of the model's kind, on the device."""
+    import diffusers
+    import torch
+    import transformers
+
+    from . import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    classes: dict[str, Any] = {
+        "StableDiffusionPipeline": FineLIPStableDiffusionPipeline,
+        "StableDiffusionXLPipeline": FineLIPStableDiffusionXLPipeline,
+    }
+    kind = "StableDiffusionPipeline"
+    if args.model is not None:
+        kind = diffusers.DiffusionPipeline.load_config(args.model).get("_class_name")
+    if kind not in classes:
+        raise ValueError(f"{args.model} is a {kind}: give a model of {' or '.join(classes)}.")
+    pipe = classes[kind].from_pretrained(
+        args.model, finelip=args.finelip, long_prompt=args.long_prompt, torch_dtype=getattr(torch, args.dtype)
+    )
+    return pipe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _write_image(image: Any, path: Path, metadata: dict[str, Any]) -> None:
+    """Writes a PNG with its settings as text, whole or not at all."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key in ("prompt", "negative_prompt"):
+        info.add_itxt(key, metadata[key])
+    info.add_itxt("settings", json.dumps(metadata, ensure_ascii=False))
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as stage:
+        image.save(Path(stage, path.name), pnginfo=info)
+        Path(stage, path.name).replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

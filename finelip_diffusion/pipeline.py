@@ -1,0 +1,801 @@
+"""Stable Diffusion pipelines for long prompts: thin subclasses of diffusers' own, and `attach` for the others."""
+
+import copy
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+from .encoding import encode_readings
+from .positions import stretch_positions
+from .prompts import LONG_PROMPTS, Cut, LongPrompt, PromptReport, Reading, read_prompt
+from .text_encoder import TextEncoder, check_width, load_text_encoder, text_embeddings
+
+logger = logging.getLogger(__name__)
+
+BUNDLED_MODEL = Path(__file__).parent / "bundled"
+"""A small Stable Diffusion of the scenes world; its `finelip/` holds the long encoder and the UNet adapted to it."""
+
+STOCK_POSITIONS = 77
+"""Positions of CLIP's text tower as it was published: an encoder with more of them is a long one."""
+
+SECOND_ENCODERS = ("stretch", "window")
+HIDDEN_STATES = ("penultimate", "last_norm")
+
+_CUTS: dict[str, Cut] = {"stretch": "windows", "truncate": "first", "chunk": "windows", "segment": "sentences"}
+_STOCK = "stock_"  # model_index.json has these components under a leading underscore: diffusers' own classes skip them
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A text encoder, and how it is to read."""
+
+    name: str
+    text_encoder: TextEncoder
+    tokenizer: CLIPTokenizer
+    cut: Cut
+    span_length: int | None = None
+
+    def read(self, prompt: str) -> Reading:
+        return read_prompt(prompt, self.tokenizer, self.cut, encoder=self.name, span_length=self.span_length)
+
+
+class _LongPromptMixin:
+    """What both pipelines share: a long and a stock text encoder in each place, and the strategies that use them."""
+
+    config: Any
+    _stock_class: ClassVar[type[DiffusionPipeline]]
+    _places: ClassVar[tuple[str, ...]] = ("",)
+    _long_prompt: LongPrompt = "stretch"
+
+    @property
+    def long_prompt(self) -> LongPrompt:
+        """How prompts are read that do not fit the stock window; `docs/pipelines.md` has the table."""
+        return self._long_prompt
+
+    @long_prompt.setter
+    def long_prompt(self, value: str) -> None:
+        self._long_prompt = _one_of("long_prompt", value, LONG_PROMPTS)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path | None = None,
+        finelip: str | Path | None = None,
+        long_prompt: LongPrompt = "stretch",
+        **kwargs: Any,
+    ):
+        """Loads a Stable Diffusion and puts a long text encoder into it.
+
+        Args:
+            base: Folder or hub id of a Stable Diffusion, in diffusers' layout. None is the bundled model.
+            finelip: Any source of `load_text_encoder`. If it is a folder with a `unet/`, that UNet was adapted to the
+                encoder and replaces the base's, unless `unet=` is given. None takes the base's own encoder: as it is
+                if it is a long one, else stretched without training, with a warning.
+            long_prompt: How prompts are read: `"stretch"`, `"truncate"`, `"chunk"`, `"segment"` or `"auto"`.
+            **kwargs: As for diffusers' `from_pretrained`.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            ValueError: If the encoder's width is not the one that the UNet reads, or an argument is none of its
+                choices; and whatever `load_text_encoder` raises.
+            OSError: If the base is neither a folder nor to be had from the hub.
+        """
+        _one_of("long_prompt", long_prompt, LONG_PROMPTS)
+        if base is None:
+            base, finelip = BUNDLED_MODEL, finelip or BUNDLED_MODEL / "finelip"
+        if "unet" not in kwargs and finelip is not None and (Path(finelip) / "unet").is_dir():
+            logger.info("the UNet in %s was adapted to the encoder beside it and replaces that of %s", finelip, base)
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            kwargs["unet"] = UNet2DConditionModel.from_pretrained(finelip, subfolder="unet", torch_dtype=dtype)
+        return super().from_pretrained(str(base), finelip=finelip, long_prompt=long_prompt, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """Gives the stock encoders, which diffusers' own classes must not see, back to ours."""
+        public = {key.removeprefix("_") if key.startswith(f"_{_STOCK}") else key: v for key, v in config_dict.items()}
+        return super().extract_init_dict(public, **kwargs)  # type: ignore[misc]
+
+    def to_json_string(self) -> str:
+        """The `model_index.json`, in the name of diffusers' own class, so that plain diffusers loads it."""
+        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        config = {f"_{key}" if key.startswith(_STOCK) else key: value for key, value in config.items()}
+        config["_class_name"] = self._stock_class.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def load_lora_into_text_encoder(cls, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        """Loads a LoRA into a long encoder as diffusers does, and into the stock one that stands beside it."""
+        super().load_lora_into_text_encoder(state_dict, *args, **kwargs)  # type: ignore[misc]
+        pipe, text_encoder = kwargs.get("_pipeline"), kwargs.get("text_encoder")
+        for place in cls._places:
+            stock = getattr(pipe, f"{_STOCK}text_encoder{place}", None)
+            if stock is not None and text_encoder is getattr(pipe, f"text_encoder{place}", None):
+                super().load_lora_into_text_encoder(state_dict, *args, **{**kwargs, "text_encoder": stock})  # type: ignore[misc]
+
+    def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
+        """Loads an embedding into a long encoder as diffusers does, and into the stock one that stands beside it."""
+        super().load_textual_inversion(*args, **kwargs)  # type: ignore[misc]
+        text_encoder = kwargs.get("text_encoder") or self.text_encoder
+        for place in self._places:
+            stock = getattr(self, f"{_STOCK}text_encoder{place}")
+            if stock is not None and text_encoder is getattr(self, f"text_encoder{place}"):
+                tokenizer = getattr(self, f"{_STOCK}tokenizer{place}")
+                super().load_textual_inversion(*args, **{**kwargs, "text_encoder": stock, "tokenizer": tokenizer})  # type: ignore[misc]
+
+    def describe_prompt(
+        self, prompt: str | list[str], long_prompt: LongPrompt | None = None
+    ) -> PromptReport | list[PromptReport]:
+        """Says what the pipeline would read of a prompt, and what it would drop.
+
+        Args:
+            prompt: A prompt, or those of one call.
+            long_prompt: A strategy, or None for the pipeline's.
+
+        Returns:
+            The report, or one for each prompt of a list.
+
+        Raises:
+            ValueError: If the strategy is unknown, or needs a stock encoder that the pipeline does not have.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        how = self._decide(long_prompt, prompts)
+        readers = self._readers(how)
+        reports = [
+            PromptReport(text, how, tuple(reader.read(self._expand(text, reader)) for reader in readers))
+            for text in prompts
+        ]
+        return reports[0] if isinstance(prompt, str) else reports
+
+    def _decide(self, long_prompt: LongPrompt | None, prompts: list[str]) -> LongPrompt:
+        """Turns `"auto"` into one strategy for all prompts of a call: guidance compares states of one encoder."""
+        how = _one_of("long_prompt", long_prompt or self.long_prompt, LONG_PROMPTS)
+        if how != "auto":
+            return how
+        stock = self._readers("truncate")
+        fits = all(not reader.read(self._expand(text, reader)).dropped for reader in stock for text in prompts)
+        return "truncate" if fits else "stretch"
+
+    def _readers(self, how: LongPrompt) -> list[_Reader]:
+        """The encoders that a strategy reads with, in the order of their channels."""
+        prefix = "" if how == "stretch" else _STOCK
+        return [self._reader(prefix, place, how) for place in self._places]
+
+    def _reader(self, prefix: str, place: str, how: str) -> _Reader:
+        name = f"{prefix}text_encoder{place}"
+        text_encoder, tokenizer = getattr(self, name), getattr(self, f"{prefix}tokenizer{place}")
+        if text_encoder is None or tokenizer is None:
+            raise ValueError(
+                f"long_prompt={how!r} reads with {name}, which this pipeline does not have: load it from a base "
+                f"with a {STOCK_POSITIONS}-token text encoder, or pass {name}= and {prefix}tokenizer{place}=."
+            )
+        return _Reader(name, text_encoder, tokenizer, _CUTS[how])
+
+    def _expand(self, prompt: str, reader: _Reader) -> str:
+        """Writes textual inversions of several vectors out, as diffusers does."""
+        added = reader.tokenizer.added_tokens_encoder
+        if any(f"{token}_1" in added for token in added):
+            return self.maybe_convert_prompt(prompt, reader.tokenizer)  # type: ignore[attr-defined]
+        return prompt
+
+    def _read(self, readers: list[_Reader], texts: list[list[str]]) -> list[list[Reading]]:
+        """Cuts the texts, one list for each reader."""
+        return [
+            [reader.read(self._expand(text, reader)) for text in part]
+            for reader, part in zip(readers, texts, strict=True)
+        ]
+
+    def _embed(
+        self,
+        readers: list[_Reader],
+        readings: list[list[Reading]],
+        length: int,
+        *,
+        device: torch.device,
+        layer: int,
+        norm: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encodes readings, one list for each reader, to (B, length, D) states and (B, E) pooled output, if any."""
+        encoded = [
+            encode_readings(read, reader.text_encoder, reader.tokenizer, length, device=device, layer=layer, norm=norm)
+            for reader, read in zip(readers, readings, strict=True)
+        ]
+        return torch.cat([states for states, _ in encoded], dim=-1), encoded[-1][1]  # each (B, T, D_i) -> (B, T, D)
+
+    def _encode(
+        self,
+        prompts: list[list[str]] | None,
+        negative_prompts: list[list[str]] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        *,
+        long_prompt: LongPrompt | None,
+        device: torch.device,
+        lora_scale: float | None,
+        layers: tuple[int, int],
+        norm: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Encodes the prompts of one call and brings everything to one length.
+
+        Args:
+            prompts: One list of B texts for each place, or None where `prompt_embeds` are ready.
+            negative_prompts: The same for the negative side, or None where nothing is to be encoded.
+            prompt_embeds: (B, T, D) or None.
+            negative_prompt_embeds: (B, T, D) or None.
+            long_prompt: Strategy, or None for the pipeline's.
+            device: Where the encoders run.
+            lora_scale: Weight of LoRA layers in the encoders.
+            layers: Indices into the hidden states, for the prompts and for the negative ones.
+            norm: Whether the final LayerNorm follows.
+
+        Returns:
+            prompt_embeds, negative_prompt_embeds, pooled and negative pooled; the pooled ones only where text was
+            encoded and the last encoder pools.
+        """
+        texts = [text for side in (prompts, negative_prompts) for part in side or [] for text in part]
+        readers = self._readers(self._decide(long_prompt, texts))
+        read = [side and self._read(readers, side) for side in (prompts, negative_prompts)]
+        everything = [reading for side in read for part in side or [] for reading in part]
+        _warn_about_dropped_text(everything)
+        ready = [prompt_embeds, negative_prompt_embeds]
+        length = max([r.length for r in everything] + [t.shape[1] for t in ready if t is not None])
+        pooled: list[Tensor | None] = [None, None]
+        with _lora_scaled([reader.text_encoder for reader in readers], lora_scale):
+            for i, (side, layer) in enumerate(zip(read, layers, strict=True)):
+                if side is not None:
+                    ready[i], pooled[i] = self._embed(readers, side, length, device=device, layer=layer, norm=norm)
+            for i, (states, layer) in enumerate(zip(ready, layers, strict=True)):
+                if states is not None and states.shape[1] < length:
+                    empty = [[reader.read("")] for reader in readers]
+                    missing = length - states.shape[1]
+                    tail, _ = self._embed(readers, empty, missing, device=device, layer=layer, norm=norm)
+                    ready[i] = torch.cat([states, tail.to(states).expand(len(states), -1, -1)], dim=1)
+        return ready[0], ready[1], pooled[0], pooled[1]
+
+    @contextmanager
+    def _reading_with(self, long_prompt: LongPrompt | None) -> Iterator[None]:
+        """Another strategy for one call."""
+        usual = self.long_prompt
+        self.long_prompt = long_prompt or usual
+        try:
+            yield
+        finally:
+            self.long_prompt = usual
+
+
+class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
+    """Stable Diffusion 1.x / 2.x with a long text encoder; everything else is diffusers' `StableDiffusionPipeline`.
+
+    Args:
+        vae: As in diffusers.
+        text_encoder: A long encoder (more than 77 positions), used as it is; or a stock one, which is kept as
+            `stock_text_encoder`, while `finelip`, or a stretched copy, takes its place.
+        tokenizer: The tokenizer of `text_encoder`.
+        unet: As in diffusers.
+        scheduler: As in diffusers.
+        safety_checker: As in diffusers.
+        feature_extractor: As in diffusers.
+        image_encoder: As in diffusers.
+        requires_safety_checker: As in diffusers.
+        stock_text_encoder: The 77-token encoder that `"truncate"`, `"chunk"`, `"segment"` and `"auto"` read with.
+        stock_tokenizer: Its tokenizer.
+        finelip: Any source of `load_text_encoder`.
+        long_prompt: How prompts are read.
+
+    Raises:
+        ValueError: If an encoder's width is not the one that the UNet reads.
+    """
+
+    model_cpu_offload_seq = f"stock_text_encoder->{StableDiffusionPipeline.model_cpu_offload_seq}"
+    _optional_components: ClassVar[list[str]] = [
+        *StableDiffusionPipeline._optional_components,
+        "stock_text_encoder",
+        "stock_tokenizer",
+    ]
+    _lora_loadable_modules: ClassVar[list[str]] = [
+        *StableDiffusionPipeline._lora_loadable_modules,
+        "stock_text_encoder",
+    ]
+    _stock_class = StableDiffusionPipeline
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        requires_safety_checker: bool = True,
+        stock_text_encoder: CLIPTextModel | None = None,
+        stock_tokenizer: CLIPTokenizer | None = None,
+        finelip: str | Path | None = None,
+        long_prompt: str = "stretch",
+    ):
+        if _is_stock(text_encoder):
+            stock_text_encoder, stock_tokenizer = text_encoder, tokenizer
+        text_encoder, tokenizer = _long_encoder(text_encoder, tokenizer, finelip)
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+            requires_safety_checker=requires_safety_checker,
+        )
+        self.register_modules(stock_text_encoder=stock_text_encoder, stock_tokenizer=stock_tokenizer)
+        _check_widths([text_encoder], unet)
+        self.long_prompt = long_prompt
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: str | list[str] | None = None, *args: Any, long_prompt: LongPrompt | None = None, **kwargs: Any
+    ):
+        """Generates images; everything but `long_prompt` is an argument of diffusers' `StableDiffusionPipeline`.
+
+        Args:
+            prompt: One prompt or several.
+            *args: As in diffusers.
+            long_prompt: How prompts are read in this call, or None for the pipeline's setting.
+            **kwargs: As in diffusers.
+
+        Returns:
+            As in diffusers.
+
+        Raises:
+            ValueError: For what diffusers refuses, an unknown strategy, or one whose encoder is missing.
+        """
+        with self._reading_with(long_prompt):
+            return super().__call__(prompt, *args, **kwargs)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        long_prompt: LongPrompt | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encodes prompts as diffusers does, but whole.
+
+        Prompts, negative prompts and ready embeddings come out at one length, that of the longest: shorter ones go on
+        with windows of the empty prompt. As in diffusers, `clip_skip` does not apply to the negative prompt.
+
+        Args:
+            prompt: B prompts, or None with `prompt_embeds`.
+            device: Where to encode.
+            num_images_per_prompt: N.
+            do_classifier_free_guidance: Whether the negative side is wanted.
+            negative_prompt: One for all, or B of them; None is the empty prompt.
+            prompt_embeds: (B, T, D), ready states.
+            negative_prompt_embeds: (B, T, D), ready states.
+            lora_scale: Weight of LoRA layers in the text encoder.
+            clip_skip: Layers to leave out before the final LayerNorm.
+            long_prompt: How prompts are read, or None for the pipeline's setting.
+
+        Returns:
+            (B * N, T, D) states of the prompts and of the negative ones (or None).
+
+        Raises:
+            ValueError: If the negative prompts are neither one nor B, a layer does not exist, or a strategy is
+                unknown or lacks its encoder.
+        """
+        prompts = _texts(prompt) if prompt_embeds is None else None
+        negatives = None
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negatives = _texts(negative_prompt or "", _size(prompts, prompt_embeds))
+        if prompts is not None or negatives is not None:
+            prompt_embeds, negative_prompt_embeds, _, _ = self._encode(
+                None if prompts is None else [prompts],
+                None if negatives is None else [negatives],
+                prompt_embeds,
+                negative_prompt_embeds,
+                long_prompt=long_prompt,
+                device=device,
+                lora_scale=lora_scale,
+                layers=(-1 - (clip_skip or 0), -1),
+                norm=True,
+            )
+        return super().encode_prompt(
+            None,
+            device,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            lora_scale=lora_scale,
+        )
+
+
+class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeline):
+    """Stable Diffusion XL with two long text encoders; everything else is diffusers' `StableDiffusionXLPipeline`.
+
+    SDXL joins the token states of both encoders position by position. `finelip` replaces the first (CLIP-L); the
+    second (OpenCLIP bigG), for which no long weights exist, is stretched without training. The pooled output comes
+    from the first window of the second encoder.
+
+    Args:
+        vae: As in diffusers.
+        text_encoder: A long encoder, used as it is; or a stock one, which is kept as `stock_text_encoder`, while
+            `finelip`, or a stretched copy, takes its place.
+        text_encoder_2: The same for the second encoder; a stock one is stretched.
+        tokenizer: The tokenizer of `text_encoder`.
+        tokenizer_2: The tokenizer of `text_encoder_2`.
+        unet: As in diffusers.
+        scheduler: As in diffusers.
+        image_encoder: As in diffusers.
+        feature_extractor: As in diffusers.
+        force_zeros_for_empty_prompt: As in diffusers.
+        add_watermarker: As in diffusers.
+        stock_text_encoder: The 77-token encoder that `"truncate"`, `"chunk"`, `"segment"` and `"auto"` read with.
+        stock_text_encoder_2: The same for the second place.
+        stock_tokenizer: The tokenizer of `stock_text_encoder`.
+        stock_tokenizer_2: The tokenizer of `stock_text_encoder_2`.
+        finelip: Any source of `load_text_encoder`, for the first place.
+        long_prompt: How prompts are read.
+        second_encoder: Under `"stretch"`, the second encoder's part: `"stretch"` reads with the stretched one;
+            `"window"` reads with the stock one in windows of 75 tokens, whose states are joined (start and end kept
+            once), so that token by token they stand beside those of the first encoder.
+        hidden_state: `"penultimate"` is what SDXL was trained on; `"last_norm"` is the last layer after the final
+            LayerNorm, as the scripts of Long-CLIP and FineLIP feed it to SDXL.
+
+    Raises:
+        ValueError: If the widths of the encoders do not add up to the one that the UNet reads, or an argument is none
+            of its choices.
+    """
+
+    model_cpu_offload_seq = (
+        f"stock_text_encoder->stock_text_encoder_2->{StableDiffusionXLPipeline.model_cpu_offload_seq}"
+    )
+    _optional_components: ClassVar[list[str]] = [
+        *StableDiffusionXLPipeline._optional_components,
+        "stock_text_encoder",
+        "stock_text_encoder_2",
+        "stock_tokenizer",
+        "stock_tokenizer_2",
+    ]
+    _lora_loadable_modules: ClassVar[list[str]] = [
+        *StableDiffusionXLPipeline._lora_loadable_modules,
+        "stock_text_encoder",
+        "stock_text_encoder_2",
+    ]
+    _stock_class = StableDiffusionXLPipeline
+    _places = ("", "_2")
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        tokenizer_2: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: bool | None = None,
+        stock_text_encoder: CLIPTextModel | None = None,
+        stock_text_encoder_2: CLIPTextModelWithProjection | None = None,
+        stock_tokenizer: CLIPTokenizer | None = None,
+        stock_tokenizer_2: CLIPTokenizer | None = None,
+        finelip: str | Path | None = None,
+        long_prompt: str = "stretch",
+        second_encoder: str = "stretch",
+        hidden_state: str = "penultimate",
+    ):
+        if _is_stock(text_encoder):
+            stock_text_encoder, stock_tokenizer = text_encoder, tokenizer
+        if _is_stock(text_encoder_2):
+            stock_text_encoder_2, stock_tokenizer_2 = text_encoder_2, tokenizer_2
+        text_encoder, tokenizer = _long_encoder(text_encoder, tokenizer, finelip)
+        text_encoder_2, tokenizer_2 = _long_encoder(text_encoder_2, tokenizer_2, warn=False)
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=unet,
+            scheduler=scheduler,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+            add_watermarker=add_watermarker,
+        )
+        self.register_modules(
+            stock_text_encoder=stock_text_encoder,
+            stock_text_encoder_2=stock_text_encoder_2,
+            stock_tokenizer=stock_tokenizer,
+            stock_tokenizer_2=stock_tokenizer_2,
+        )
+        _check_widths([text_encoder, text_encoder_2], unet)
+        self.long_prompt = long_prompt
+        self.second_encoder = _one_of("second_encoder", second_encoder, SECOND_ENCODERS)
+        self.hidden_state = _one_of("hidden_state", hidden_state, HIDDEN_STATES)
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: str | list[str] | None = None, *args: Any, long_prompt: LongPrompt | None = None, **kwargs: Any
+    ):
+        """Generates images; everything but `long_prompt` is an argument of diffusers' `StableDiffusionXLPipeline`.
+
+        Args:
+            prompt: One prompt or several.
+            *args: As in diffusers.
+            long_prompt: How prompts are read in this call, or None for the pipeline's setting.
+            **kwargs: As in diffusers.
+
+        Returns:
+            As in diffusers.
+
+        Raises:
+            ValueError: For what diffusers refuses, an unknown strategy, or one whose encoder is missing.
+        """
+        with self._reading_with(long_prompt):
+            return super().__call__(prompt, *args, **kwargs)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        long_prompt: LongPrompt | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Encodes prompts as diffusers does, but whole; lengths as in `FineLIPStableDiffusionPipeline.encode_prompt`.
+
+        Args:
+            prompt: B prompts, or None with `prompt_embeds`.
+            prompt_2: Prompts for the second encoder; None repeats `prompt`.
+            device: Where to encode.
+            num_images_per_prompt: N.
+            do_classifier_free_guidance: Whether the negative side is wanted.
+            negative_prompt: One for all, or B of them; None is zeros, or the empty prompt where
+                `force_zeros_for_empty_prompt` is off.
+            negative_prompt_2: The same for the second encoder; None repeats `negative_prompt`.
+            prompt_embeds: (B, T, D), ready states.
+            negative_prompt_embeds: (B, T, D), ready states.
+            pooled_prompt_embeds: (B, E), ready.
+            negative_pooled_prompt_embeds: (B, E), ready.
+            lora_scale: Weight of LoRA layers in the text encoders.
+            clip_skip: Layers to leave out, counted from the one that `hidden_state` names.
+            long_prompt: How prompts are read, or None for the pipeline's setting.
+
+        Returns:
+            (B * N, T, D) states of the prompts and of the negative ones (or None), and (B * N, E) pooled outputs of
+            both.
+
+        Raises:
+            ValueError: If the negative prompts are neither one nor B, a layer does not exist, or a strategy is
+                unknown or lacks its encoder.
+        """
+        device = device or self._execution_device
+        prompts = negatives = None
+        if prompt_embeds is None:
+            prompts = [_texts(prompt), _texts(prompt_2 or prompt)]
+        zeros = negative_prompt is None and self.config.force_zeros_for_empty_prompt
+        if do_classifier_free_guidance and negative_prompt_embeds is None and not zeros:
+            size = _size(prompts[0] if prompts else None, prompt_embeds)
+            negatives = [_texts(text or "", size) for text in (negative_prompt, negative_prompt_2 or negative_prompt)]
+        if prompts is not None or negatives is not None:
+            norm = self.hidden_state == "last_norm"
+            layer = -1 if norm else -2
+            prompt_embeds, negative_prompt_embeds, pooled, negative_pooled = self._encode(
+                prompts,
+                negatives,
+                prompt_embeds,
+                negative_prompt_embeds,
+                long_prompt=long_prompt,
+                device=device,
+                lora_scale=lora_scale,
+                layers=(layer - (clip_skip or 0), layer),
+                norm=norm,
+            )
+            pooled_prompt_embeds = pooled if pooled_prompt_embeds is None else pooled_prompt_embeds
+            if negative_pooled_prompt_embeds is None:
+                negative_pooled_prompt_embeds = negative_pooled
+        return super().encode_prompt(
+            None,
+            device=device,
+            num_images_per_prompt=num_images_per_prompt,
+            do_classifier_free_guidance=do_classifier_free_guidance,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            lora_scale=lora_scale,
+        )
+
+    def _readers(self, how: LongPrompt) -> list[_Reader]:
+        readers = super()._readers(how)
+        if how == "stretch" and self.second_encoder == "window":
+            span_length = readers[0].tokenizer.model_max_length
+            readers[1] = replace(self._reader(_STOCK, "_2", "chunk"), span_length=span_length)
+        return readers
+
+
+def attach(pipe: DiffusionPipeline, finelip: str | Path | None = None, **options: Any) -> DiffusionPipeline:
+    """Gives a long text encoder to other diffusers pipelines that read through CLIP: img2img, inpaint, ControlNet.
+
+    The pipeline stays diffusers' own and reads 248 tokens by itself; strategies other than "stretch", and `clip_skip`
+    where diffusers has it broken, are the business of this package's pipelines. SDXL gets both encoders, the second
+    stretched without training. The UNet stays: one that was adapted to the encoder is given to the pipeline by
+    `pipe.register_modules(unet=...)`.
+
+    Args:
+        pipe: The pipeline; its components are replaced, never changed, so others that share them keep theirs.
+        finelip: Any source of `load_text_encoder`; None stretches the pipeline's own encoder without training.
+        **options: For `load_text_encoder`, such as `pad_token`.
+
+    Returns:
+        `pipe`.
+
+    Raises:
+        ValueError: If the pipeline has a text encoder that is no CLIP, or none for `finelip` to replace, is already
+            set up for offloading, or its UNet reads another width; and whatever `load_text_encoder` raises.
+    """
+    encoders = {name: part for name, part in pipe.components.items() if name in ("text_encoder", "text_encoder_2")}
+    encoders = {name: part for name, part in encoders.items() if part is not None}
+    foreign = [
+        f"{name} ({type(part).__name__})" for name, part in encoders.items() if not isinstance(part, TextEncoder)
+    ]
+    if foreign or not encoders or "text_encoder_3" in pipe.components:
+        parts = ", ".join(foreign) or "no CLIP text encoders alone"
+        raise ValueError(f"{type(pipe).__name__} reads prompts through {parts}: attach needs CLIP text encoders only.")
+    if finelip is not None and "text_encoder" not in encoders:
+        raise ValueError(f"{type(pipe).__name__} has no text_encoder that finelip={finelip} could replace.")
+    if any(hasattr(part, "_hf_hook") for part in encoders.values()):
+        raise ValueError("the pipeline is set up for offloading already: attach first, then enable the offloading.")
+    replaced: dict[str, Any] = {}
+    for name, text_encoder in encoders.items():
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        source = finelip if name == "text_encoder" else None
+        replaced[name], replaced[tokenizer] = _long_encoder(
+            text_encoder, getattr(pipe, tokenizer), source, warn=name == "text_encoder", **options
+        )
+    _check_widths([replaced[name] for name in encoders], pipe.components.get("unet"))
+    pipe.register_modules(**replaced)
+    return pipe
+
+
+def _long_encoder(
+    text_encoder: TextEncoder | None,
+    tokenizer: CLIPTokenizer | None,
+    finelip: str | Path | None = None,
+    *,
+    warn: bool = True,
+    **options: Any,
+) -> tuple[TextEncoder | None, CLIPTokenizer | None]:
+    """The encoder that takes the place of `text_encoder`, in its dtype and on its device, and its tokenizer."""
+    if finelip is not None:
+        if text_encoder is None:
+            return load_text_encoder(finelip, **options)
+        projection = isinstance(text_encoder, CLIPTextModelWithProjection)
+        options = {"projection": projection, "dtype": text_encoder.dtype, **options}
+        found, tokenizer = load_text_encoder(finelip, **options)
+        return found.to(text_encoder.device), tokenizer
+    if text_encoder is None or tokenizer is None:
+        return text_encoder, tokenizer
+    if _is_stock(text_encoder):
+        if warn:
+            logger.warning(
+                "the text encoder is stretched from %d positions without training: prompts of more than 20 tokens "
+                "are read differently, and worse than by a trained one (finelip=).",
+                text_encoder.config.max_position_embeddings,
+            )
+        text_encoder = _stretched(text_encoder)
+    if tokenizer.model_max_length != text_encoder.config.max_position_embeddings:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.model_max_length = text_encoder.config.max_position_embeddings
+    return text_encoder, tokenizer
+
+
+def _stretched(text_encoder: TextEncoder) -> TextEncoder:
+    """A copy with a longer position table."""
+    text_encoder = copy.deepcopy(text_encoder)
+    embeddings = text_embeddings(text_encoder)
+    table = stretch_positions(embeddings.position_embedding.weight)
+    embeddings.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
+    embeddings.position_ids = torch.arange(len(table), device=table.device).unsqueeze(0)
+    text_encoder.config.max_position_embeddings = len(table)
+    return text_encoder
+
+
+def _is_stock(text_encoder: TextEncoder | None) -> bool:
+    return text_encoder is not None and text_encoder.config.max_position_embeddings <= STOCK_POSITIONS
+
+
+def _check_widths(text_encoders: list[TextEncoder | None], unet: UNet2DConditionModel | None) -> None:
+    """`check_width` for the encoders there are; the SDXL refiner has only one, diffusers allows none at all."""
+    there = [text_encoder for text_encoder in text_encoders if text_encoder is not None]
+    if there and unet is not None:
+        check_width(there, unet)
+
+
+@contextmanager
+def _lora_scaled(text_encoders: list[TextEncoder], scale: float | None) -> Iterator[None]:
+    """Weighs the LoRA layers, if there are any, while text is encoded."""
+    if scale is None or not USE_PEFT_BACKEND:
+        yield
+        return
+    for text_encoder in text_encoders:
+        scale_lora_layers(text_encoder, scale)
+    try:
+        yield
+    finally:
+        for text_encoder in text_encoders:
+            unscale_lora_layers(text_encoder, scale)
+
+
+def _warn_about_dropped_text(readings: list[Reading]) -> None:
+    """Says once, in words, what no encoder is going to see."""
+    cut = {reading.dropped: reading for reading in readings if reading.dropped}
+    if cut:
+        parts = [f"{r.tokens - r.tokens_read} of {r.tokens} tokens dropped: {text!r}" for text, r in cut.items()]
+        logger.warning("long_prompt='truncate' reads the first window alone; %s", "; ".join(parts))
+
+
+def _texts(prompt: str | list[str] | None, size: int | None = None) -> list[str]:
+    """A list of prompts, of `size` of them where that is given."""
+    if prompt is None:
+        raise ValueError("neither prompt nor prompt_embeds is given: one of the two is needed.")
+    texts = [prompt] * (size or 1) if isinstance(prompt, str) else list(prompt)
+    if size is not None and len(texts) != size:
+        raise ValueError(f"{len(texts)} negative prompts for {size} prompts: give one, or one for each.")
+    return texts
+
+
+def _size(prompts: list[str] | None, prompt_embeds: Tensor | None) -> int:
+    """Prompts of a call, which come as one or the other."""
+    return len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}.")
+    return value

@@ -1,0 +1,222 @@
+"""The command line, run as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_text_encoder
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from finelip_diffusion import cli
+from finelip_diffusion.tokenizer import clip_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def finelip(*args: object) -> subprocess.CompletedProcess[str]:
+    """In a process of its own."""
+    command = [sys.executable, "-m", "finelip_diffusion.cli", *map(str, args)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture
+def prompt_file(tmp_path, text_of):
+    path = tmp_path / "prompt.txt"
+    path.write_text(text_of(90) + " a crown — 王冠\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def generate(stable_diffusion_folder, finelip_folder, prompt_file, tmp_path, capsys):
+    """Runs `finelip generate` here, two steps, and returns the exit status and what was printed."""
+
+    def run(*args: object, model=stable_diffusion_folder, prompt=("--prompt-file", prompt_file), out=tmp_path / "out"):
+        command = ["generate", *prompt, "--out", out, "--model", model, "--finelip", finelip_folder, "--steps", 2]
+        try:
+            status = cli.main([str(part) for part in [*command, *args]])
+        except SystemExit as stop:
+            status = stop.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+def test_generate_as_a_user_runs_it(stable_diffusion_folder, finelip_folder, prompt_file, tmp_path):
+    out = tmp_path / "new" / "folder"
+    args = ["generate", "--prompt-file", prompt_file, "--out", out, "--model", stable_diffusion_folder]
+    args += ["--finelip", finelip_folder, "--seed", 5, "--num-images", 2, "--steps", 2, "--negative-prompt", "dull"]
+    done = finelip(*args)
+    assert done.returncode == 0, done.stderr
+    assert "1 window of 248 positions" in done.stdout
+    assert "nothing dropped" in done.stdout
+    assert "image 2 of 2" in done.stderr  # the progress bar
+    assert sorted(path.name for path in out.iterdir()) == ["image-5.png", "image-6.png"]
+    with Image.open(out / "image-6.png") as image:
+        image.load()
+        assert image.text["prompt"] == prompt_file.read_text(encoding="utf-8").strip()
+        assert image.text["negative_prompt"] == "dull"
+        settings = json.loads(image.text["settings"])
+    assert settings["seed"] == 6
+    assert settings["steps"] == 2
+    assert settings["long_prompt"] == "stretch"
+
+    again = finelip(*args)
+    assert again.returncode == 1
+    assert again.stderr.count("\n") == 1
+    assert "image-5.png" in again.stderr
+    assert "--overwrite" in again.stderr
+
+
+def test_an_image_depends_on_its_seed_alone(generate, tmp_path):
+    assert generate("--seed", 3, "--num-images", 2, out=tmp_path / "two")[0] == 0
+    assert generate("--seed", 4, out=tmp_path / "one")[0] == 0
+    two, one = (Image.open(tmp_path / name / "image-4.png") for name in ("two", "one"))
+    assert two.tobytes() == one.tobytes()
+    assert two.tobytes() != Image.open(tmp_path / "two" / "image-3.png").tobytes()
+
+
+def test_existing_files_are_replaced_only_when_told_and_looked_for_first(generate, tmp_path):
+    (tmp_path / "out").mkdir()
+    mine = tmp_path / "out" / "image-1.png"
+    mine.write_text("mine")
+    status, _, error = generate("--num-images", 2, model=tmp_path / "not even looked at")
+    assert status == 1
+    assert f"{mine} would be overwritten" in error
+    assert mine.read_text() == "mine"
+    assert generate("--num-images", 2, "--overwrite")[0] == 0
+    assert Image.open(mine).format == "PNG"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["image-0.png", "image-1.png"]
+
+
+def test_a_failed_write_leaves_nothing(generate, tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)  # the one thing that cannot be built here: a full disk
+    status, _, error = generate()
+    assert (status, error.splitlines()[-1]) == (1, "finelip generate: error: [Errno 28] No space left on device")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_truncate_says_what_it_drops(generate):
+    status, out, _ = generate("--long-prompt", "truncate")
+    assert status == 0
+    assert "of 77 positions" in out
+    assert out.splitlines()[1].endswith("a crown — 王冠'")
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--steps", "0"], "argument --steps: 0 must be at least 1"),
+        (["--seed", "-1"], "argument --seed: -1 must be 0 to"),
+        (["--seed", "red"], "argument --seed: 'red' is no whole number"),
+        (["--num-images", "0"], "argument --num-images: 0 must be at least 1"),
+        (["--height", "60"], "argument --height: 60 must be at least 8 and divisible by 8"),
+        (["--guidance-scale", "nan"], "argument --guidance-scale: nan must be finite"),
+        (["--guidance-scale", "much"], "argument --guidance-scale: 'much' is no number"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--long-prompt", "fold"], "argument --long-prompt: invalid choice: 'fold'"),
+        (["--prompt", "a cat"], "not allowed with argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_malformed_commands(generate, args, reason):
+    status, out, error = generate(*args)
+    assert status == 2
+    assert out == ""
+    assert error.count("\n") == 1
+    assert reason in error
+
+
+def test_one_line_for_whatever_is_wrong(generate, tmp_path, finelip_folder):
+    empty, latin, file = tmp_path / "empty.txt", tmp_path / "latin.txt", tmp_path / "file"
+    empty.write_text(" \n")
+    latin.write_bytes(b"caf\xe9")
+    file.write_text("")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    cases = [
+        ({"prompt": ("--prompt-file", tmp_path / "missing.txt")}, [], "No such file"),
+        ({"prompt": ("--prompt-file", tmp_path)}, [], "Is a directory"),
+        ({"prompt": ("--prompt-file", empty)}, [], "empty.txt is empty"),
+        ({"prompt": ("--prompt", "")}, [], "--prompt is empty"),
+        ({"prompt": ("--prompt", "\udce9")}, [], "no UTF-8 text"),
+        ({"prompt": ("--prompt-file", latin)}, [], "latin.txt is no UTF-8 text"),
+        ({"out": file}, [], "exists"),
+        ({"out": file / "inside"}, [], "Not a directory"),
+        ({"out": "/proc/nowhere"}, [], "/proc/nowhere"),
+        ({"model": tmp_path / "no model"}, [], "no model"),
+        ({"model": "nobody/nothing"}, [], "nobody/nothing"),
+        ({"model": other}, [], "is a FluxPipeline"),
+        ({}, ["--finelip", tmp_path / "no encoder"], "no encoder"),
+        ({}, ["--device", "abacus"], "abacus"),
+    ]
+    for where, args, reason in cases:
+        status, out, error = generate(*args, **where)
+        lines = [line for line in error.splitlines() if line.startswith("finelip")]
+        assert status == 1, reason
+        assert lines == [error.strip()], error
+        assert reason in lines[0]
+        assert "image-" not in out
+
+
+def test_describe(stable_diffusion_folder, finelip_folder, prompt_file, capsys):
+    args = ["describe", "--prompt-file", prompt_file, "--model", stable_diffusion_folder, "--finelip", finelip_folder]
+    assert cli.main(list(map(str, args))) == 0
+    report, reading = capsys.readouterr().out.splitlines()
+    assert report.endswith(" tokens, long_prompt='stretch'")
+    assert reading.startswith("  text_encoder: 1 window of 248 positions")
+    assert reading.endswith("nothing dropped")
+
+
+def test_convert(stable_diffusion_folder, tmp_path, capsys):
+    out = tmp_path / "long"
+    assert cli.main(["convert", str(stable_diffusion_folder), str(out), "--pad-token", "!", "--dtype", "float16"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{out}: CLIPTextModel, 248 positions, 32 wide, 4 layers, float16, padding '!'\n"
+    text_encoder = CLIPTextModel.from_pretrained(out / "text_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    assert text_encoder.config.max_position_embeddings == tokenizer.model_max_length == 248
+    assert text_encoder(tokenizer("a cat", return_tensors="pt").input_ids).last_hidden_state.isfinite().all()
+
+    for args, reason in [
+        ([stable_diffusion_folder, out], "overwritten"),
+        ([tmp_path / "missing", tmp_path / "x"], "missing"),
+        ([stable_diffusion_folder, tmp_path / "x", "--max-length", 200], "200"),
+    ]:
+        assert cli.main(["convert", *map(str, args)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("finelip convert: error: ")
+        assert error.count("\n") == 1
+        assert reason in error
+    assert cli.main(["convert", str(stable_diffusion_folder), str(out), "--overwrite"]) == 0
+
+
+def test_convert_says_what_it_sets_aside(tmp_path, caplog):
+    folder = tmp_path / "source"
+    tiny_text_encoder(1, projection=True).save_pretrained(folder)
+    clip_tokenizer(77).save_pretrained(folder)
+    assert cli.main(["convert", str(folder), str(tmp_path / "out"), "--no-projection"]) == 0
+    assert "text_projection" in caplog.text
+
+
+def test_help_loads_no_library():
+    code = "import sys; from finelip_diffusion import cli; cli._parser(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_strategies_are_those_of_the_pipelines():
+    from finelip_diffusion.prompts import LONG_PROMPTS
+
+    assert cli.LONG_PROMPTS == LONG_PROMPTS
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in cli.DTYPES)

@@ -1,0 +1,602 @@
+"""FineLIPStableDiffusionPipeline against diffusers' own pipeline, at tiny size."""
+
+import copy
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from compel import Compel, SplitLongTextMode
+from conftest import LAYERS, WIDTH, tiny_text_encoder, tiny_unet
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+
+from finelip_diffusion import FineLIPStableDiffusionPipeline, attach
+from finelip_diffusion.positions import stretch_positions
+from finelip_diffusion.prompts import LONG_PROMPTS
+from finelip_diffusion.tokenizer import clip_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTS = [0, 1, 75, 76, 77, 78, 247, 248, 249, 2000]
+
+
+@pytest.fixture(scope="module")
+def _pipe(stable_diffusion_folder, finelip_folder):
+    pipe = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder, finelip=finelip_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(_pipe):
+    """A long encoder with other weights than the base's; shared weights, so to be left as they are."""
+    return copy.copy(_pipe)
+
+
+@pytest.fixture(scope="module")
+def _untrained(_stock):
+    pipe = FineLIPStableDiffusionPipeline(**_stock.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def untrained(_untrained):
+    """The base's own encoder, stretched, and the base's own UNet."""
+    return copy.copy(_untrained)
+
+
+def pixels(pipe, prompt=None, seed=0, **kwargs):
+    kwargs = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(seed), **kwargs}
+    return torch.from_numpy(np.asarray(pipe(prompt, output_type="np", **kwargs).images))
+
+
+def embed(pipe, prompt, negative_prompt=None, **kwargs):
+    return pipe.encode_prompt(prompt, torch.device("cpu"), 1, True, negative_prompt, **kwargs)
+
+
+# Parity with diffusers
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"negative_prompt": "blurry, dull, grey"},
+        {"guidance_scale": 1.0},
+        {"num_images_per_prompt": 2},
+        {"eta": 1.0},
+    ],
+    ids=str,
+)
+def test_truncate_gives_the_pixels_of_the_stock_pipeline(stock, untrained, text_of, call):
+    prompt = text_of(120)
+    assert torch.equal(pixels(stock, prompt, **call), pixels(untrained, prompt, long_prompt="truncate", **call))
+
+
+def test_truncate_gives_the_pixels_of_the_stock_pipeline_for_a_batch(stock, untrained, text_of):
+    prompts = [text_of(n) for n in (0, 5, 300)]
+    negatives = ["", "dull", text_of(90)]
+    ours = pixels(untrained, prompts, negative_prompt=negatives, long_prompt="truncate")
+    assert torch.equal(ours, pixels(stock, prompts, negative_prompt=negatives))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(stable_diffusion_folder, text_of, dtype):
+    load = {"torch_dtype": dtype}
+    stock = StableDiffusionPipeline.from_pretrained(stable_diffusion_folder, **load)
+    ours = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder, **load)
+    assert ours.text_encoder.dtype == ours.stock_text_encoder.dtype == dtype
+    assert torch.equal(pixels(stock, text_of(90)), pixels(ours, text_of(90), long_prompt="truncate"))
+    assert embed(ours, text_of(90))[0].dtype == dtype
+    assert torch.isfinite(pixels(ours, text_of(90))).all()
+
+
+# What long prompts change
+
+
+def test_a_word_behind_token_77_counts_under_stretch_alone(pipe, text_of):
+    ending_a, ending_b = text_of(100) + " a crown", text_of(100) + " a candle"
+    for how in ("stretch", "chunk", "segment", "auto"):
+        assert not torch.equal(pixels(pipe, ending_a, long_prompt=how), pixels(pipe, ending_b, long_prompt=how)), how
+    assert torch.equal(pixels(pipe, ending_a, long_prompt="truncate"), pixels(pipe, ending_b, long_prompt="truncate"))
+
+
+@pytest.mark.parametrize("how", LONG_PROMPTS)
+def test_the_last_word_of_a_very_long_prompt_counts(pipe, text_of, how):
+    first, second = embed(pipe, text_of(1999) + " crown", long_prompt=how)[0], None
+    second = embed(pipe, text_of(1999) + " candle", long_prompt=how)[0]
+    assert torch.equal(first, second) == (how == "truncate")
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("how", LONG_PROMPTS)
+def test_every_strategy_at_every_length(pipe, text_of, how, count):
+    prompt = text_of(count)
+    report = pipe.describe_prompt(prompt, how)
+    assert report.tokens == count
+    assert sum(report.windows) == (min(count, 75) if how == "truncate" else count)
+    assert bool(report.dropped) == (how == "truncate" and count > 75)
+    assert prompt.endswith(report.dropped)
+    expected = {
+        "stretch": 248 * max(-(-count // 246), 1),
+        "truncate": 77,
+        "chunk": 77 * max(-(-count // 75), 1),
+        "segment": 77 + count - ((count - 1) % 12 + 1 if count else 0),
+    }
+    expected["auto"] = expected["truncate" if count <= 75 else "stretch"]
+    states, negative = embed(pipe, prompt, long_prompt=how)
+    assert report.readings[0].length == expected[how]
+    assert states.shape == negative.shape == (1, expected[how], WIDTH)
+    assert torch.isfinite(states).all()
+
+
+def test_within_the_long_window_stretch_is_the_stock_pipeline_with_the_long_encoder(pipe, text_of):
+    stock = StableDiffusionPipeline(
+        **{name: part for name, part in pipe.components.items() if not name.startswith("stock_")},
+        requires_safety_checker=False,
+    )
+    stock.set_progress_bar_config(disable=True)
+    prompt, negative = text_of(246), "dull"
+    assert torch.equal(pixels(pipe, prompt, negative_prompt=negative), pixels(stock, prompt, negative_prompt=negative))
+
+
+def test_auto_reads_short_calls_in_the_stock_window_and_others_in_the_long_one(pipe, text_of):
+    short, long = text_of(75), text_of(76)
+    assert torch.equal(embed(pipe, short, long_prompt="auto")[0], embed(pipe, short, long_prompt="truncate")[0])
+    assert torch.equal(embed(pipe, long, long_prompt="auto")[0], embed(pipe, long, long_prompt="stretch")[0])
+    with_long_negative = embed(pipe, short, long, long_prompt="auto")  # one encoder for both sides of the guidance
+    assert torch.equal(with_long_negative[0], embed(pipe, short, long_prompt="stretch")[0])
+
+
+def test_windows_behind_the_first_are_read_as_prompts_of_their_own(pipe, tokenizer, text_of):
+    prompt = text_of(300)
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    for how, size in (("stretch", 246), ("chunk", 75)):
+        states = embed(pipe, prompt, long_prompt=how)[0][0]
+        last = tokenizer.decode(ids[size * (299 // size) :])
+        alone = embed(pipe, last, long_prompt=how)[0][0]
+        # one batch of windows against a batch of one: float32 rounding in the matrix products
+        torch.testing.assert_close(states[-(size + 2) :], alone, rtol=0, atol=2e-5)
+
+
+def test_segment_joins_the_sentences_states(pipe, tokenizer):
+    prompt, sentences = "A cat. Two red dogs run!", ["A cat.", "Two red dogs run!"]
+    encoder, alone = pipe.stock_text_encoder, []
+    for sentence in sentences:
+        inputs = tokenizer(sentence, padding="max_length", return_tensors="pt")
+        alone.append(
+            (encoder(inputs.input_ids).last_hidden_state[0], len(inputs.input_ids[0][inputs.attention_mask[0] == 1]))
+        )
+    (first, n), (second, _) = alone
+    by_hand = torch.cat([first[:1], first[1 : n - 1], second[1:]])  # start once; end and padding of the last
+    states = embed(pipe, prompt, long_prompt="segment")[0][0]
+    torch.testing.assert_close(states, by_hand, rtol=0, atol=2e-5)  # a batch of two against two of one
+
+
+def test_segment_reads_a_single_sentence_as_diffusers_does(pipe, text_of):
+    prompt = "a red cat under a green tree"
+    assert torch.equal(embed(pipe, prompt, long_prompt="segment")[0], embed(pipe, prompt, long_prompt="truncate")[0])
+
+
+@pytest.mark.parametrize("count", [0, 5, 75, 76, 300])
+def test_chunk_equals_compel(pipe, text_of, count):
+    prompt = text_of(count)
+    theirs = Compel(
+        tokenizer=pipe.stock_tokenizer,
+        text_encoder=pipe.stock_text_encoder,
+        truncate_long_prompts=False,
+        split_long_text_mode=SplitLongTextMode.BRUTAL,  # at 75 tokens, wherever that is
+    )(prompt)
+    ours = embed(pipe, prompt, long_prompt="chunk")[0]
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)  # theirs reads window by window, ours in one batch
+
+
+# Lengths, batches, ready embeddings
+
+
+@pytest.mark.parametrize("how", LONG_PROMPTS)
+@pytest.mark.parametrize("counts", [(5, 600), (600, 5)])
+def test_positive_and_negative_come_out_at_one_length(pipe, text_of, how, counts):
+    prompt, negative = map(text_of, counts)
+    states, negative_states = embed(pipe, prompt, negative, long_prompt=how)
+    assert states.shape == negative_states.shape
+    if how != "auto":  # which decides for the call
+        short, alone = (states, prompt) if counts[0] == 5 else (negative_states, negative)
+        expected = pipe.encode_prompt(alone, torch.device("cpu"), 1, False, long_prompt=how)[0]
+        head = expected.shape[1]
+        torch.testing.assert_close(short[:, :head], expected, rtol=0, atol=2e-5)
+        empty = pipe.encode_prompt("", torch.device("cpu"), 1, False, long_prompt=how)[0]
+        tail = short[:, head : head + empty.shape[1]]
+        torch.testing.assert_close(tail, empty[:, : tail.shape[1]], rtol=0, atol=2e-5)
+    assert torch.isfinite(pixels(pipe, prompt, negative_prompt=negative, long_prompt=how)).all()
+
+
+@pytest.mark.parametrize("how", LONG_PROMPTS)
+def test_a_prompt_reads_the_same_alone_and_in_a_batch(pipe, text_of, how):
+    prompts = [text_of(n) for n in (300, 3, 0, 299)]
+    batch = embed(pipe, prompts, [""] * 4, long_prompt=how)[0]
+    how = "stretch" if how == "auto" else how
+    for states, prompt in zip(batch, prompts, strict=True):
+        alone = embed(pipe, prompt, long_prompt=how)[0][0]
+        torch.testing.assert_close(states[: len(alone)], alone, rtol=0, atol=2e-5)  # other batch size, other rounding
+
+
+def test_one_negative_prompt_serves_a_batch(pipe, text_of):
+    prompts = [text_of(90), "a cat"]
+    assert torch.equal(
+        pixels(pipe, prompts, negative_prompt="dull"), pixels(pipe, prompts, negative_prompt=["dull", "dull"])
+    )
+    with pytest.raises(ValueError, match="3 negative prompts for 2 prompts"):
+        pipe(prompts, negative_prompt=["dull"] * 3)
+
+
+def test_several_images_a_prompt(pipe, text_of):
+    prompts = [text_of(90), "a cat"]
+    states, negative = pipe.encode_prompt(prompts, torch.device("cpu"), 3, True)
+    assert states.shape == negative.shape == (6, 248, WIDTH)
+    assert torch.equal(states[0], states[2])
+    assert not torch.equal(states[2], states[3])
+    assert pixels(pipe, prompts, num_images_per_prompt=2).shape[0] == 4
+
+
+def test_ready_embeddings_pass_through(pipe, text_of):
+    prompt, negative = text_of(90), "dull"
+    states, negative_states = embed(pipe, prompt, negative)
+    through = embed(pipe, None, prompt_embeds=states, negative_prompt_embeds=negative_states)
+    assert torch.equal(through[0], states)
+    assert torch.equal(through[1], negative_states)
+    ready = pixels(pipe, prompt_embeds=states, negative_prompt_embeds=negative_states)
+    assert torch.equal(ready, pixels(pipe, prompt, negative_prompt=negative))
+    assert torch.equal(pixels(pipe, prompt_embeds=states, negative_prompt=negative), ready)
+
+
+def test_short_ready_embeddings_are_brought_to_the_length_of_a_long_negative(pipe, text_of):
+    ready = embed(pipe, "a cat", long_prompt="chunk")[0]
+    states, negative = embed(pipe, None, text_of(100), prompt_embeds=ready, long_prompt="chunk")
+    assert states.shape == negative.shape == (1, 154, WIDTH)
+    assert torch.equal(states[:, :77], ready)
+    torch.testing.assert_close(states[:, 77:], embed(pipe, "", long_prompt="chunk")[0], rtol=0, atol=2e-5)
+
+
+# clip_skip, callbacks, generators
+
+
+@pytest.mark.parametrize("skip", [0, 1, 2])
+def test_clip_skip_is_an_earlier_layer_and_the_final_norm(pipe, tokenizer, text_of, skip):
+    inputs = tokenizer(text_of(20), padding="max_length", return_tensors="pt")
+    output = pipe.stock_text_encoder(inputs.input_ids, output_hidden_states=True)
+    by_hand = pipe.stock_text_encoder.final_layer_norm(output.hidden_states[-(skip + 1)])
+    states, negative = embed(pipe, text_of(20), clip_skip=skip, long_prompt="truncate")
+    assert torch.equal(states, by_hand)
+    assert torch.equal(negative, embed(pipe, text_of(20), long_prompt="truncate")[1])
+    if skip == 0:
+        assert torch.equal(states, output.last_hidden_state)
+    assert torch.isfinite(pixels(pipe, text_of(100), clip_skip=skip)).all()
+
+
+@pytest.mark.parametrize("skip", [-1, LAYERS + 1])
+def test_a_layer_that_does_not_exist_is_refused(pipe, skip):
+    with pytest.raises(ValueError, match=f"text encoder that has {LAYERS} layers"):
+        pipe("a cat", clip_skip=skip)
+
+
+def test_callbacks_see_and_change_the_embeddings(pipe, text_of):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, tensors["prompt_embeds"].shape))
+        return tensors
+
+    pixels(pipe, text_of(300), callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert seen == [(0, (2, 496, WIDTH)), (1, (2, 496, WIDTH))]
+
+
+def test_a_generator_for_each_image(pipe, text_of):
+    generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
+    both = pixels(pipe, [text_of(90)] * 2, generator=generators)
+    for image, seed in zip(both, (4, 5), strict=True):
+        # a batch of two against one
+        torch.testing.assert_close(image, pixels(pipe, text_of(90), seed=seed)[0], rtol=0, atol=1e-4)
+
+
+# Reports and warnings
+
+
+def test_dropped_text_is_warned_about_once_and_in_words(pipe, text_of, caplog):
+    prompt = text_of(75) + " and the rest, Unseen."
+    with caplog.at_level(logging.WARNING):
+        pipe([prompt, prompt], long_prompt="truncate", num_inference_steps=1)
+    assert [record.name for record in caplog.records] == ["finelip_diffusion.pipeline"]
+    assert caplog.messages == [
+        "long_prompt='truncate' reads the first window alone; 6 of 81 tokens dropped: 'and the rest, Unseen.'"
+    ]
+    assert pipe.describe_prompt(prompt, "truncate").dropped == "and the rest, Unseen."
+
+
+def test_reports_of_a_list(pipe, text_of):
+    reports = pipe.describe_prompt([text_of(3), text_of(300)], "auto")
+    assert [report.tokens for report in reports] == [3, 300]
+    assert {report.long_prompt for report in reports} == {"stretch"}  # one strategy for a call
+
+
+def test_the_strategy_of_one_call_does_not_stay(pipe):
+    pipe("a cat", long_prompt="chunk", num_inference_steps=1)
+    assert pipe.long_prompt == "stretch"
+    with pytest.raises(ValueError, match="height"):
+        pipe("a cat", long_prompt="chunk", height=7, width=7)
+    assert pipe.long_prompt == "stretch"
+    pipe.long_prompt = "segment"
+    assert pipe.describe_prompt("a cat").long_prompt == "segment"
+
+
+@pytest.mark.parametrize(
+    "call", [lambda pipe: pipe("a cat", long_prompt="fold"), lambda p: p.describe_prompt("", "fold")]
+)
+def test_an_unknown_strategy_is_refused(pipe, call):
+    with pytest.raises(ValueError, match="long_prompt='fold' is unknown: choose from stretch, truncate"):
+        call(pipe)
+
+
+# Loading and saving
+
+
+def test_a_finelip_folder_brings_its_unet_unless_one_is_given(pipe, stable_diffusion_folder, finelip_folder):
+    assert torch.equal(pipe.unet.conv_in.weight, tiny_unet(8).conv_in.weight)
+    own = tiny_unet(9)
+    pipe = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder, finelip_folder, unet=own)
+    assert pipe.unet is own
+
+
+def test_without_finelip_the_base_encoder_is_stretched_with_a_warning(stable_diffusion_folder, caplog):
+    with caplog.at_level(logging.WARNING, logger="finelip_diffusion"):
+        pipe = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder)
+    assert "without training" in caplog.text
+    table = pipe.stock_text_encoder.embeddings.position_embedding.weight
+    assert torch.equal(pipe.text_encoder.embeddings.position_embedding.weight, stretch_positions(table))
+    assert pipe.text_encoder.config.max_position_embeddings == pipe.tokenizer.model_max_length == 248
+    assert pipe.stock_text_encoder.config.max_position_embeddings == pipe.stock_tokenizer.model_max_length == 77
+
+
+def test_a_long_base_encoder_is_used_as_it_is(stable_diffusion_folder, tokenizer, caplog):
+    long = tiny_text_encoder(5, positions=248)
+    with caplog.at_level(logging.WARNING, logger="finelip_diffusion"):
+        pipe = FineLIPStableDiffusionPipeline.from_pretrained(
+            stable_diffusion_folder, text_encoder=long, tokenizer=tokenizer
+        )
+    assert not [record for record in caplog.records if record.name.startswith("finelip")]
+    assert pipe.text_encoder is long
+    assert pipe.tokenizer.model_max_length == 248  # the base's tokenizer, widened, in a copy
+    assert tokenizer.model_max_length == 77
+    with pytest.raises(
+        ValueError, match="truncate.* reads with stock_text_encoder, which this pipeline does not have"
+    ):
+        pipe("a cat", long_prompt="truncate")
+
+
+def test_the_components_of_another_pipeline_are_left_alone(stock, text_of):
+    before = stock.text_encoder.embeddings.position_embedding.weight.clone()
+    FineLIPStableDiffusionPipeline(**stock.components, requires_safety_checker=False)
+    attach(copy.copy(stock))
+    assert torch.equal(stock.text_encoder.embeddings.position_embedding.weight, before)
+    assert stock.text_encoder.config.max_position_embeddings == stock.tokenizer.model_max_length == 77
+
+
+def test_a_saved_pipeline_gives_the_same_pixels_in_plain_diffusers(pipe, text_of, tmp_path):
+    """In a process of its own: no trace of this package, and what a user would see on stderr."""
+    pipe.save_pretrained(tmp_path)
+    code = f"""
+import sys, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({str(tmp_path)!r})
+assert type(pipe).__module__.startswith("diffusers."), type(pipe)
+images = pipe({text_of(200)!r}, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np")
+torch.save(torch.from_numpy(images.images), {str(tmp_path / "images.pt")!r})
+assert not any(name.startswith("finelip") for name in sys.modules)
+
+from finelip_diffusion import FineLIPStableDiffusionPipeline
+pipe = FineLIPStableDiffusionPipeline.from_pretrained({str(tmp_path)!r})
+for how in ("stretch", "chunk", "segment", "auto"):
+    pipe({text_of(600)!r}, long_prompt=how, num_inference_steps=1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    again = FineLIPStableDiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(torch.load(tmp_path / "images.pt"), pixels(again, text_of(200)))
+    # weights in a mapped file lie at other addresses, and the kernels for them may round the last bit otherwise
+    torch.testing.assert_close(pixels(again, text_of(200)), pixels(pipe, text_of(200)), rtol=0, atol=1e-5)
+    # No word about the stock encoder, which plain diffusers cannot use, nor about text that is not dropped at all.
+    for misleading in ("not expected", "longer than", "truncated", "dropped"):
+        assert misleading not in done.stderr
+
+
+@pytest.mark.parametrize("how", LONG_PROMPTS)
+def test_a_saved_pipeline_comes_back_whole(_pipe, text_of, tmp_path_factory, how):
+    folder = tmp_path_factory.getbasetemp() / "whole"
+    if not folder.exists():
+        _pipe.save_pretrained(folder)
+    again = FineLIPStableDiffusionPipeline.from_pretrained(folder)
+    again.set_progress_bar_config(disable=True)
+    ours, theirs = (pixels(each, text_of(300), long_prompt=how) for each in (_pipe, again))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)  # as above
+
+
+def test_model_index_names_only_stock_classes(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert "finelip" not in json.dumps(index).lower()
+
+
+def test_a_wrong_width_is_refused_before_anything_is_drawn(stable_diffusion_folder, tmp_path):
+    tiny_text_encoder(1, width=WIDTH // 2, positions=248).save_pretrained(tmp_path / "text_encoder")
+    clip_tokenizer(248).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=r"16 wide.* 32"):
+        FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder, finelip=tmp_path)
+
+
+def test_unknown_names_are_refused(stable_diffusion_folder, tmp_path):
+    with pytest.raises(ValueError, match="long_prompt='fold'"):
+        FineLIPStableDiffusionPipeline.from_pretrained(tmp_path / "missing", long_prompt="fold")
+    with pytest.raises(ValueError, match="missing"):
+        FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder, finelip=tmp_path / "missing")
+    with pytest.raises((ValueError, OSError), match="missing"):
+        FineLIPStableDiffusionPipeline.from_pretrained(tmp_path / "missing")
+
+
+def test_custom_pipeline(stable_diffusion_folder, finelip_folder, _pipe, text_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
+    pipe = DiffusionPipeline.from_pretrained(
+        stable_diffusion_folder,
+        custom_pipeline=str(ROOT / "pipelines" / "finelip_stable_diffusion.py"),
+        trust_remote_code=True,
+        finelip=finelip_folder,
+        long_prompt="auto",
+        unet=UNet2DConditionModel.from_pretrained(finelip_folder / "unet"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe).__name__ == "FineLIPStableDiffusionPipeline"
+    assert pipe.long_prompt == "auto"
+    for how in ("stretch", "chunk"):
+        assert torch.equal(pixels(pipe, text_of(120), long_prompt=how), pixels(_pipe, text_of(120), long_prompt=how))
+
+
+def test_from_pipe_both_ways(pipe, stock, text_of):
+    ours = FineLIPStableDiffusionPipeline.from_pipe(stock, long_prompt="chunk")
+    assert ours.stock_text_encoder is stock.text_encoder
+    assert ours.long_prompt == "chunk"
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    assert other.text_encoder is pipe.text_encoder
+    assert other.tokenizer.model_max_length == 248
+
+
+# Devices and adapters
+
+
+def test_the_stock_encoder_moves_with_the_pipeline(stable_diffusion_folder):
+    pipe = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder)
+    pipe.to(torch.float64)
+    assert pipe.stock_text_encoder.dtype == torch.float64
+    pipe.to("meta")
+    assert pipe.stock_text_encoder.device.type == pipe.text_encoder.device.type == "meta"
+    assert "stock_text_encoder" in pipe.model_cpu_offload_seq.split("->")
+
+
+def test_model_offload(stable_diffusion_folder, text_of):
+    pipe = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder)
+    pipe.set_progress_bar_config(disable=True)
+    before = {how: pixels(pipe, text_of(100), long_prompt=how) for how in ("stretch", "truncate")}
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert hasattr(pipe.stock_text_encoder, "_hf_hook")
+    for how, image in before.items():
+        assert torch.equal(pixels(pipe, text_of(100), long_prompt=how), image)
+
+
+def test_lora_reaches_both_encoders_and_obeys_its_scale(stable_diffusion_folder, finelip_folder, text_of, tmp_path):
+    peft = pytest.importorskip("peft")
+    pipe = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder, finelip_folder)
+    trained = copy.deepcopy(pipe.stock_text_encoder)
+    trained.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    layers = peft.get_peft_model_state_dict(trained, adapter_name="default")
+    plain = {how: embed(pipe, text_of(100), long_prompt=how)[0] for how in ("stretch", "truncate")}
+    StableDiffusionPipeline.save_lora_weights(tmp_path, text_encoder_lora_layers=layers)
+
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    for how, before in plain.items():
+        full = embed(pipe, text_of(100), long_prompt=how)[0]
+        half = embed(pipe, text_of(100), long_prompt=how, lora_scale=0.5)[0]
+        assert not torch.equal(full, before)
+        assert not torch.equal(full, half)
+        assert torch.equal(embed(pipe, text_of(100), long_prompt=how)[0], full)  # the scale does not stay
+    stock = StableDiffusionPipeline.from_pretrained(stable_diffusion_folder)
+    stock.load_lora_weights(tmp_path, adapter_name="style")
+    expected = embed(stock, text_of(100), lora_scale=0.5)[0]
+    assert torch.equal(embed(pipe, text_of(100), long_prompt="truncate", lora_scale=0.5)[0], expected)
+    pipe.unload_lora_weights()
+    for how, before in plain.items():
+        assert torch.equal(embed(pipe, text_of(100), long_prompt=how)[0], before)
+
+
+def test_textual_inversion_reaches_both_encoders(stable_diffusion_folder, text_of):
+    pipe = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder)
+    torch.manual_seed(0)
+    pipe.load_textual_inversion({"<toy>": torch.randn(3, WIDTH)})  # three vectors
+    stock = StableDiffusionPipeline.from_pretrained(stable_diffusion_folder)
+    torch.manual_seed(0)
+    stock.load_textual_inversion({"<toy>": torch.randn(3, WIDTH)})
+    prompt = "a red <toy> under a tree"
+    assert torch.equal(embed(pipe, prompt, long_prompt="truncate")[0], embed(stock, prompt)[0])
+    assert pipe.describe_prompt(prompt).tokens == pipe.describe_prompt(prompt, "truncate").tokens == 8
+    assert not torch.equal(embed(pipe, prompt)[0], embed(pipe, "a red toy under a tree")[0])
+
+
+# attach
+
+
+def picture(color="white"):
+    return Image.new("RGB", (16, 16), color)
+
+
+@pytest.fixture(scope="module")
+def others(_stock, finelip_folder):
+    """Other pipelines over the parts of the stock one, each with the long encoder."""
+    parts = {**_stock.components, "requires_safety_checker": False}
+    torch.manual_seed(0)
+    inpaint_unet = tiny_unet(2)
+    pipes = {
+        "img2img": StableDiffusionImg2ImgPipeline(**parts),
+        "inpaint": StableDiffusionInpaintPipeline(**{**parts, "unet": inpaint_unet}),
+        "controlnet": StableDiffusionControlNetPipeline(
+            **parts,
+            controlnet=ControlNetModel.from_unet(_stock.unet, conditioning_embedding_out_channels=(8, 16)),
+        ),
+    }
+    for pipe in pipes.values():
+        pipe.set_progress_bar_config(disable=True)
+        assert attach(pipe, finelip_folder) is pipe
+    return pipes
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        ("img2img", {"image": picture("gray"), "strength": 1.0}),
+        ("inpaint", {"image": picture("gray"), "mask_image": picture(), "strength": 1.0, "height": 16, "width": 16}),
+        ("controlnet", {"image": picture("gray")}),
+    ],
+)
+def test_attached_pipelines_read_behind_token_77(others, text_of, kind, call):
+    pipe = others[kind]
+    assert pipe.tokenizer.model_max_length == 248
+    first = pixels(pipe, text_of(100) + " a crown", **call)
+    assert not torch.equal(first, pixels(pipe, text_of(100) + " a candle", **call))
+    assert torch.equal(first, pixels(pipe, text_of(100) + " a crown", **call))
+
+
+def test_attach_refuses_what_it_cannot_do(stock, tmp_path):
+    tiny_text_encoder(1, width=WIDTH // 2, positions=248).save_pretrained(tmp_path / "text_encoder")
+    clip_tokenizer(248).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=r"16 wide.* 32"):
+        attach(stock, tmp_path)
+    assert stock.tokenizer.model_max_length == 77  # nothing half done
+    parts = dict(stock.components)
+    without = StableDiffusionPipeline(**{**parts, "text_encoder": None}, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="CLIP text encoders"):
+        attach(without)
+    offloaded = StableDiffusionPipeline(**copy.deepcopy(parts), requires_safety_checker=False)
+    offloaded.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match="attach first"):
+        attach(offloaded)
