@@ -1,0 +1,338 @@
+"""The bundled world: scenes of coloured shapes on a 3x3 grid, their long captions, and a reader of images.
+
+A scene has one picture and many captions. The reader says what a picture shows, so adherence to a prompt is exact,
+per object and per token position. Everything is a function of a seed; train and test splits share no scene.
+"""
+
+import functools
+import hashlib
+import math
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+IMAGE_SIZE = 96  # pixels, both sides
+CELL_SIZE = IMAGE_SIZE // 3
+OVERSAMPLING = 4  # shapes are drawn this much larger, then averaged down
+TEST_SHARE = 20  # one scene in TEST_SHARE belongs to the test split
+MAX_RESIDUAL = 0.15  # root mean square error, of [0, 1], beyond which a cell shows nothing that the reader can name
+
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+SIZES = {"small": 7.5, "large": 13.5}  # radius in pixels
+COLOURS = {
+    "red": (220, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (250, 225, 60),
+    "green": (40, 160, 70),
+    "blue": (40, 90, 220),
+    "purple": (140, 60, 170),
+    "brown": (125, 80, 45),
+    "black": (25, 25, 25),
+}
+BACKGROUNDS = {"grey": (205, 205, 208), "beige": (232, 218, 190), "pink": (245, 205, 215), "mint": (200, 235, 215)}
+
+
+@dataclass(frozen=True, order=True)
+class Object:
+    """One shape in one cell; cells count 0..8 row by row from the top left."""
+
+    cell: int
+    shape: str
+    colour: str
+    size: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background and its objects, in the order of their cells."""
+
+    background: str
+    objects: tuple[Object, ...]
+
+    @property
+    def split(self) -> str:
+        """`"test"` for one scene in `TEST_SHARE`, by a hash of the scene itself, else `"train"`."""
+        digest = hashlib.blake2b(repr(self).encode(), digest_size=8).digest()
+        return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Where a caption says what an object is: `caption[start:end]` names its shape, colour, size and place."""
+
+    object: Object
+    start: int
+    end: int
+
+
+class Caption(str):
+    """A caption as plain text, with the facts it states in the order of the text."""
+
+    facts: tuple[Fact, ...] = ()
+
+
+def sample_scene(seed: int, split: str = "train", num_objects: tuple[int, int] = (4, 9)) -> Scene:
+    """Draws a scene.
+
+    Args:
+        seed: any integer; the same seed gives the same scene.
+        split: `"train"` or `"test"`; no scene is in both.
+        num_objects: least and greatest number of objects, 1..9.
+
+    Raises:
+        ValueError: for an unknown split or a number of objects outside 1..9.
+    """
+    least, greatest = num_objects
+    if split not in ("train", "test"):
+        raise ValueError(f"The split of a scene is 'train' or 'test', not {split!r}.")
+    if not 1 <= least <= greatest <= 9:
+        raise ValueError(f"A scene has 1 to 9 objects, not {least} to {greatest}: choose num_objects within (1, 9).")
+    rng = random.Random(f"{split} {seed}")
+    while True:
+        objects = tuple(
+            Object(cell, rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(list(SIZES)))
+            for cell in sorted(rng.sample(range(9), rng.randint(least, greatest)))
+        )
+        scene = Scene(rng.choice(list(BACKGROUNDS)), objects)
+        if scene.split == split:
+            return scene
+
+
+def vary(scene: Scene, kind: str, seed: int) -> Scene:
+    """Draws a near-duplicate of a scene, in the same split.
+
+    Args:
+        scene: the scene to vary.
+        kind: `"move"` puts the same objects into other cells, `"exchange"` keeps cells and deals the colours, shapes
+            and sizes out anew, each for itself, `"alter"` changes one attribute of one object.
+        seed: any integer.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    rng = random.Random(f"{kind} {seed}")
+    while True:
+        objects = list(scene.objects)
+        if kind == "move":
+            cells = rng.sample(range(9), len(objects))
+            objects = [replace(item, cell=cell) for item, cell in zip(objects, cells, strict=True)]
+        elif kind == "exchange":
+            for attribute in ("shape", "colour", "size"):
+                values = [getattr(item, attribute) for item in objects]
+                rng.shuffle(values)
+                objects = [replace(item, **{attribute: value}) for item, value in zip(objects, values, strict=True)]
+        elif kind == "alter":
+            place = rng.randrange(len(objects))
+            attribute, choices = rng.choice((("shape", SHAPES), ("colour", tuple(COLOURS)), ("size", tuple(SIZES))))
+            change: dict[str, Any] = {attribute: rng.choice(choices)}
+            objects[place] = replace(objects[place], **change)
+        else:
+            raise ValueError(f"A scene varies by 'move', 'exchange' or 'alter', not {kind!r}.")
+        varied = Scene(scene.background, tuple(sorted(objects)))
+        if varied.split == scene.split:
+            return varied
+
+
+# ---------------------------------------------------------------------------------------------------------- captions
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
+OPENINGS = (
+    "The picture shows {number} {objects} on a {background} background.",
+    "On a {background} background there {are} {number} {objects}.",
+    "A {background} background with {number} {objects} on it.",
+    "This is an illustration of {number} {objects} arranged over a plain {background} background.",
+)
+ROWS = (("top", "upper"), ("middle", "middle"), ("bottom", "lower"))
+COLUMNS = ("left", "middle", "right")
+PLACES = (
+    ("in the top left corner", "at the upper left"),
+    ("at the top in the middle", "at the upper centre"),
+    ("in the top right corner", "at the upper right"),
+    ("on the left side, halfway down", "at the centre left"),
+    ("in the very centre", "in the middle of the picture"),
+    ("on the right side, halfway down", "at the centre right"),
+    ("in the bottom left corner", "at the lower left"),
+    ("at the bottom in the middle", "at the lower centre"),
+    ("in the bottom right corner", "at the lower right"),
+)
+SENTENCES = (  # the fact, then what may follow it
+    "There is a {size} {colour} {shape} {place}",
+    "A {size} {colour} {shape} can be seen {place}",
+    "A {colour} {shape} of {size} size is placed {place}",
+    "{Place} there is a {size} {colour} {shape}",
+    "{Place} sits a {colour} {shape}, and it is {size}",
+    "{Place} one finds a {shape} that is {size} and painted {colour}",
+)
+ENDINGS = (
+    ".",
+    ", drawn with clean edges.",
+    ", and nothing else touches it.",
+    ", standing apart from the other shapes.",
+    ", painted in a flat and even tone.",
+)
+
+
+def _place(cell: int, rng: random.Random) -> str:
+    row, column = divmod(cell, 3)
+    return rng.choice((*PLACES[cell], f"in the {ROWS[row][0]} row and the {COLUMNS[column]} column"))
+
+
+def describe(scene: Scene, seed: int = 0) -> Caption:
+    """Describes a scene: an opening, then a sentence for each object, in random order and varied wording.
+
+    Scenes of 4 to 9 objects take about 60 to 240 CLIP tokens.
+
+    Args:
+        scene: the scene.
+        seed: any integer; the same scene and seed give the same caption.
+
+    Returns:
+        The caption, a `str` whose `facts` tell which characters name which object.
+    """
+    rng = random.Random(f"{scene} {seed}")
+    count = len(scene.objects)
+    text = rng.choice(OPENINGS).format(
+        number=NUMBERS[count],
+        objects=rng.choice(("shapes", "objects") if count != 1 else ("shape", "object")),
+        are="are" if count != 1 else "is",
+        background=scene.background,
+    )
+    facts = []
+    for item in rng.sample(scene.objects, count):
+        place = _place(item.cell, rng)
+        fact = rng.choice(SENTENCES).format(
+            size=rng.choice(SIZE_WORDS[item.size]),
+            colour=item.colour,
+            shape=item.shape,
+            place=place,
+            Place=place[0].upper() + place[1:],
+        )
+        fact = fact.replace(" a orange", " an orange").replace("A orange", "An orange")
+        facts.append(Fact(item, len(text) + 1, len(text) + 1 + len(fact)))
+        text += " " + fact + rng.choice(ENDINGS)
+    caption = Caption(text)
+    caption.facts = tuple(facts)
+    return caption
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def _outline(shape: str, centre: float, radius: float) -> list[tuple[float, float]]:
+    """Corner points of a polygon inscribed in a circle of `radius`, scaled so that the shapes look equally large."""
+
+    def corners(number: int, turn: float, scale: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:
+        points = []
+        for index in range(number):
+            angle, length = 2 * math.pi * (index / number + turn), radius * scale[index % len(scale)]
+            points.append((centre + length * math.sin(angle), centre - length * math.cos(angle)))
+        return points
+
+    if shape == "square":
+        return corners(4, 1 / 8, (1.25,))
+    if shape == "triangle":
+        return [(x, y + radius * 0.2) for x, y in corners(3, 0, (1.2,))]
+    if shape == "diamond":
+        return [(centre + (x - centre) * 0.75, y) for x, y in corners(4, 0, (1.15,))]
+    if shape == "star":
+        return [(x, y + radius * 0.05) for x, y in corners(10, 0, (1.2, 0.5))]
+    arm = radius * 0.33
+    plus = [(-arm, -radius), (arm, -radius), (arm, -arm), (radius, -arm), (radius, arm), (arm, arm)]
+    plus += [(-x, -y) for x, y in plus]
+    return [(centre + x, centre + y) for x, y in plus]
+
+
+@functools.cache
+def _mask(shape: str, size: str) -> np.ndarray:
+    """How much of each pixel of a cell the shape covers, (CELL_SIZE, CELL_SIZE) in 0..1."""
+    canvas = Image.new("L", (CELL_SIZE * OVERSAMPLING,) * 2)
+    draw = ImageDraw.Draw(canvas)
+    centre, radius = CELL_SIZE * OVERSAMPLING / 2, SIZES[size] * OVERSAMPLING
+    if shape == "circle":
+        draw.ellipse([centre - radius, centre - radius, centre + radius, centre + radius], fill=255)
+    else:
+        draw.polygon(_outline(shape, centre, radius), fill=255)
+    return np.asarray(canvas.resize((CELL_SIZE, CELL_SIZE), Image.Resampling.BOX), dtype=np.float32) / 255
+
+
+@functools.cache
+def _patch(shape: str, colour: str, size: str, background: str) -> np.ndarray:
+    """A cell that holds one object, (CELL_SIZE, CELL_SIZE, 3) in 0..1."""
+    mask = _mask(shape, size)[..., None]
+    return (
+        mask * np.array(COLOURS[colour], np.float32) + (1 - mask) * np.array(BACKGROUNDS[background], np.float32)
+    ) / 255
+
+
+def render(scene: Scene) -> Image.Image:
+    """Draws a scene as an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels."""
+    canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
+    canvas[:] = np.array(BACKGROUNDS[scene.background], np.float32) / 255
+    for item in scene.objects:
+        top, left = (CELL_SIZE * index for index in divmod(item.cell, 3))
+        canvas[top : top + CELL_SIZE, left : left + CELL_SIZE] = _patch(
+            item.shape, item.colour, item.size, scene.background
+        )
+    return Image.fromarray((canvas * 255 + 0.5).astype(np.uint8))
+
+
+# ------------------------------------------------------------------------------------------------------------ reader
+
+
+@functools.cache
+def _templates(background: str) -> tuple[list[tuple[str, str, str] | None], np.ndarray]:
+    """Every cell that can stand on a background: its object (None when empty), and its pixels, (97, pixels)."""
+    names: list[tuple[str, str, str] | None] = [None]
+    patches = [np.broadcast_to(np.array(BACKGROUNDS[background], np.float32) / 255, (CELL_SIZE, CELL_SIZE, 3))]
+    for shape in SHAPES:
+        for colour in COLOURS:
+            for size in SIZES:
+                names.append((shape, colour, size))
+                patches.append(_patch(shape, colour, size, background))
+    return names, np.stack(patches).reshape(len(patches), -1)
+
+
+def _cells(image: Image.Image | np.ndarray) -> np.ndarray:
+    """The nine cells of an image, (9, pixels) in 0..1."""
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise ValueError(
+            f"The reader takes RGB images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, not an array of {pixels.shape}: "
+            "draw at the model's own size or resize first."
+        )
+    values = pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else pixels.astype(np.float32)
+    grid = values.reshape(3, CELL_SIZE, 3, CELL_SIZE, 3).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(9, CELL_SIZE * CELL_SIZE * 3)
+
+
+def read(image: Image.Image | np.ndarray) -> Scene:
+    """Says which scene an image shows.
+
+    The background is the one nearest to the median colour along the borders of the cells; each cell is the object,
+    or the empty background, nearest in squared error. A cell that resembles none (root mean square error over
+    `MAX_RESIDUAL`) counts as empty.
+
+    Args:
+        image: a PIL image, or an array (IMAGE_SIZE, IMAGE_SIZE, 3) of uint8, or of floats in 0..1.
+
+    Raises:
+        ValueError: for an image of another size.
+    """
+    cells = _cells(image)
+    square = cells.reshape(9, CELL_SIZE, CELL_SIZE, 3)
+    border = np.concatenate([square[:, :2].reshape(-1, 3), square[:, -2:].reshape(-1, 3)])
+    median = np.median(border, axis=0) * 255
+    background = min(BACKGROUNDS, key=lambda name: float(np.square(median - np.array(BACKGROUNDS[name])).sum()))
+    names, templates = _templates(background)
+    errors = np.square(cells).sum(1)[:, None] - 2 * cells @ templates.T + np.square(templates).sum(1)  # (9, 97)
+    residuals = np.sqrt(np.maximum(errors, 0) / cells.shape[1])
+    objects = []
+    for cell, best in enumerate(errors.argmin(1)):
+        name = names[best]
+        if name is not None and residuals[cell, best] <= MAX_RESIDUAL:
+            objects.append(Object(cell, *name))
+    return Scene(background, tuple(objects))
