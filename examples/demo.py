@@ -1,0 +1,77 @@
+"""Draws one long prompt twice from the same noise: as Stable Diffusion reads it, and with the long encoder.
+
+python examples/demo.py                      # examples/long_prompt.txt -> demo.png
+python examples/demo.py --prompt-file my.txt --seed 3 --out my.png
+"""
+
+import argparse
+import logging
+import textwrap
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+
+from finelip_diffusion import FineLIPStableDiffusionPipeline
+from finelip_diffusion.pipeline import BUNDLED_MODEL
+
+PANEL = 480  # pixels, the side of a drawn image on the picture
+MARGIN = 24
+FONT, SMALL = ImageFont.load_default(20), ImageFont.load_default(16)
+
+
+def compare(prompt: str, seed: int, steps: int) -> tuple[Image.Image, Image.Image, int]:
+    """Both images, and how many characters of the prompt the stock encoder reads."""
+    stock = StableDiffusionPipeline.from_pretrained(BUNDLED_MODEL)
+    pipe = FineLIPStableDiffusionPipeline.from_pretrained()
+    print(pipe.describe_prompt(prompt, long_prompt="truncate"))
+    print(pipe.describe_prompt(prompt))
+    settings = {"num_inference_steps": steps, "guidance_scale": 3.0}
+    logging.getLogger("diffusers").setLevel(logging.ERROR)  # the report has said what the stock pipeline drops
+    cut = stock(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]
+    whole = pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]
+    return cut, whole, len(prompt) - len(pipe.describe_prompt(prompt, long_prompt="truncate").dropped)
+
+
+def picture(prompt: str, cut: Image.Image, whole: Image.Image, read: int) -> Image.Image:
+    """Both images under their labels, and the prompt with what the stock encoder drops in red."""
+    lines, position = [], 0
+    for line in textwrap.wrap(prompt, 108, drop_whitespace=False):
+        lines.append((line, max(0, min(len(line), read - position))))
+        position += len(line)
+    width = 2 * PANEL + 3 * MARGIN
+    canvas = Image.new("RGB", (width, PANEL + 6 * MARGIN + 24 * (len(lines) + 1)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, (label, image) in enumerate((("77 tokens (Stable Diffusion)", cut), ("248 tokens (FineLIP)", whole))):
+        left = MARGIN + column * (PANEL + MARGIN)
+        draw.text((left, MARGIN), label, "black", FONT)
+        canvas.paste(image.resize((PANEL, PANEL), Image.Resampling.NEAREST), (left, 2 * MARGIN + 8))
+    top = PANEL + 3 * MARGIN + 8
+    draw.text((MARGIN, top), "The prompt; the 77-token encoder never reads what is red:", "black", SMALL)
+    for row, (line, seen) in enumerate(lines):
+        height = top + 24 * (row + 1) + 8
+        draw.text((MARGIN, height), line[:seen], "black", SMALL)
+        draw.text((MARGIN + draw.textlength(line[:seen], SMALL), height), line[seen:], "#c00000", SMALL)
+    return canvas
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt-file", type=Path, default=Path(__file__).with_name("long_prompt.txt"))
+    parser.add_argument("--out", type=Path, default=Path("demo.png"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20)
+    args = parser.parse_args()
+    try:
+        prompt = args.prompt_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"The prompt file cannot be read as UTF-8 text: {error}.")
+    if not prompt:
+        parser.error(f"The prompt file {args.prompt_file} is empty: write a prompt into it.")
+    picture(prompt, *compare(prompt, args.seed, args.steps)).save(args.out)
+    print(f"Wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""`make demo`'s script, run as a user runs it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def demo(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--out", str(folder / "demo.png"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_demo_prints_both_reports_and_writes_one_picture(tmp_path: Path) -> None:
+    done = demo(tmp_path, "--steps", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "152 tokens, long_prompt='truncate'" in done.stdout
+    assert "77 of 152 tokens dropped" in done.stdout
+    assert "nothing dropped" in done.stdout
+    assert Image.open(tmp_path / "demo.png").width > 900
+
+
+def test_a_prompt_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    for name, words in (("empty.txt", "is empty"), ("binary.txt", "as UTF-8 text"), ("none.txt", "No such file")):
+        done = demo(tmp_path, "--prompt-file", str(tmp_path / name))
+        assert done.returncode != 0
+        assert words in done.stderr.splitlines()[-1]
+        assert not (tmp_path / "demo.png").exists()
