@@ -14,6 +14,7 @@ from . import __version__
 
 DTYPES = ("float32", "float16", "bfloat16")
 LONG_PROMPTS = ("stretch", "truncate", "chunk", "segment", "auto")
+BUNDLED_GUIDANCE_SCALE = 3.0  # it is a small model without much to guide: at 7.5 it draws wrong colours
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +62,9 @@ def generate(args: argparse.Namespace) -> None:
     import torch
 
     pipe = _pipeline(args)
+    guidance_scale = args.guidance_scale
+    if guidance_scale is None:
+        guidance_scale = BUNDLED_GUIDANCE_SCALE if args.model is None else 7.5
     print(pipe.describe_prompt(prompt), flush=True)
     for number, (seed, path) in enumerate(zip(seeds, paths, strict=True), start=1):
         pipe.set_progress_bar_config(desc=f"image {number} of {args.num_images}")
@@ -68,7 +72,7 @@ def generate(args: argparse.Namespace) -> None:
             prompt,
             negative_prompt=args.negative_prompt,
             num_inference_steps=args.steps,
-            guidance_scale=args.guidance_scale,
+            guidance_scale=guidance_scale,
             height=args.height,
             width=args.width,
             generator=torch.Generator().manual_seed(seed),  # on the CPU: the same noise on every device
@@ -79,7 +83,7 @@ def generate(args: argparse.Namespace) -> None:
             "long_prompt": args.long_prompt,
             "seed": seed,
             "steps": args.steps,
-            "guidance_scale": args.guidance_scale,
+            "guidance_scale": guidance_scale,
             "height": image.height,
             "width": image.width,
             "dtype": args.dtype,
@@ -155,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=_integer(0, 2**63 - 1), default=0, help="of the first image (default: 0)")
     command.add_argument("--num-images", type=_integer(1), default=1, help="one for each following seed (default: 1)")
     command.add_argument("--steps", type=_integer(1), default=30, help="denoising steps (default: 30)")
-    command.add_argument("--guidance-scale", type=_scale, default=7.5, help="(default: 7.5)")
+    command.add_argument("--guidance-scale", type=_scale, help="(default: 7.5; the bundled model, 3)")
     command.add_argument("--height", type=_integer(8, multiple=8), help="pixels (default: the model's)")
     command.add_argument("--width", type=_integer(8, multiple=8), help="pixels (default: the model's)")
     command.add_argument("--overwrite", action="store_true", help="replace images that exist already")

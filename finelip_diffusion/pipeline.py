@@ -141,7 +141,7 @@ class _LongPromptMixin:
     def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
         """Loads an embedding into a long encoder as diffusers does, and into the stock one that stands beside it."""
         super().load_textual_inversion(*args, **kwargs)  # type: ignore[misc]
-        text_encoder = kwargs.get("text_encoder") or self.text_encoder
+        text_encoder = kwargs.get("text_encoder") or self.text_encoder  # type: ignore[attr-defined]
         for place in self._places:
             stock = getattr(self, f"{_STOCK}text_encoder{place}")
             if stock is not None and text_encoder is getattr(self, f"text_encoder{place}"):
@@ -259,7 +259,7 @@ class _LongPromptMixin:
         """
         texts = [text for side in (prompts, negative_prompts) for part in side or [] for text in part]
         readers = self._readers(self._decide(long_prompt, texts))
-        read = [side and self._read(readers, side) for side in (prompts, negative_prompts)]
+        read = [self._read(readers, side) if side else None for side in (prompts, negative_prompts)]
         everything = [reading for side in read for part in side or [] for reading in part]
         _warn_about_dropped_text(everything)
         ready = [prompt_embeds, negative_prompt_embeds]
