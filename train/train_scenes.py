@@ -76,7 +76,7 @@ class Arguments:
     clip_steps: int = field(default=1500, metadata={"help": "Steps of 12 groups of eight scenes."})
     unet_steps: int = field(default=4000, metadata={"help": "Steps of 64 scenes, captions cut at 77 tokens."})
     long_clip_steps: int = field(default=800, metadata={"help": "Steps of 12 groups of eight scenes, whole captions."})
-    adapt_steps: int = field(default=3500, metadata={"help": "Steps of 64 scenes, whole captions."})
+    adapt_steps: int = field(default=5000, metadata={"help": "Steps of 64 scenes, whole captions."})
     num_scenes: int = field(default=40_000, metadata={"help": "Training scenes whose latents are kept in memory."})
     checkpointing_steps: int = field(default=500, metadata={"help": "Steps from one checkpoint to the next."})
     mixed_precision: str = field(default="bf16", metadata={"help": "no or bf16: the precision of autocast."})
