@@ -28,7 +28,8 @@ def compare(prompt: str, seed: int, steps: int) -> tuple[Image.Image, Image.Imag
     print(pipe.describe_prompt(prompt, long_prompt="truncate"))
     print(pipe.describe_prompt(prompt))
     settings = {"num_inference_steps": steps, "guidance_scale": 3.0}
-    logging.getLogger("diffusers").setLevel(logging.ERROR)  # the report has said what the stock pipeline drops
+    for library in ("diffusers", "transformers"):  # the report has said what the stock pipeline drops
+        logging.getLogger(library).setLevel(logging.ERROR)
     cut = stock(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]
     whole = pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]
     return cut, whole, len(prompt) - len(pipe.describe_prompt(prompt, long_prompt="truncate").dropped)
@@ -37,13 +38,14 @@ def compare(prompt: str, seed: int, steps: int) -> tuple[Image.Image, Image.Imag
 def picture(prompt: str, cut: Image.Image, whole: Image.Image, read: int) -> Image.Image:
     """Both images under their labels, and the prompt with what the stock encoder drops in red."""
     lines, position = [], 0
-    for line in textwrap.wrap(prompt, 108, drop_whitespace=False):
-        lines.append((line, max(0, min(len(line), read - position))))
+    for line in textwrap.wrap(prompt, 120, drop_whitespace=False):
+        lines.append((line.lstrip(), max(0, min(len(line), read - position) - len(line) + len(line.lstrip()))))
         position += len(line)
     width = 2 * PANEL + 3 * MARGIN
     canvas = Image.new("RGB", (width, PANEL + 6 * MARGIN + 24 * (len(lines) + 1)), "white")
     draw = ImageDraw.Draw(canvas)
-    for column, (label, image) in enumerate((("77 tokens (Stable Diffusion)", cut), ("248 tokens (FineLIP)", whole))):
+    panels = (("77 tokens (Stable Diffusion)", cut), ("248 tokens (the long encoder)", whole))
+    for column, (label, image) in enumerate(panels):
         left = MARGIN + column * (PANEL + MARGIN)
         draw.text((left, MARGIN), label, "black", FONT)
         canvas.paste(image.resize((PANEL, PANEL), Image.Resampling.NEAREST), (left, 2 * MARGIN + 8))
