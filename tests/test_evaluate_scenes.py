@@ -74,3 +74,4 @@ def test_the_interval_of_a_share_is_near_the_normal_one(ratio) -> None:
     assert figure["low"] == pytest.approx(share - spread, abs=0.004)
     assert figure["high"] == pytest.approx(share + spread, abs=0.004)
     assert ratio([(1, 1)] * 10 + [(0, 0)])["prompts"] == 10
+    assert ratio([(0, 0)])["value"] is None

@@ -12,6 +12,7 @@ import json
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ ENCODERS: dict[str, tuple[str, LongPrompt]] = {  # name: (which long encoder the
     "long_encoder": ("trained", "stretch"),
 }
 UNETS = ("base", "adapted")
+TOKEN_BINS = (0, 40, 76, 110, 150, 190, 249)
 SETTINGS = ("model", "num_prompts", "first_seed", "num_inference_steps", "guidance_scale")  # what findings depend on
 
 
@@ -131,12 +133,21 @@ def evaluate(name: str, pipe: FineLIPStableDiffusionPipeline, strategy: LongProm
     return rows
 
 
-def ratio(pairs: list[tuple[int, int]]) -> dict[str, float | int]:
-    """A share with its 95% bootstrap interval, from (hits, all) of each prompt.
+def ratio(pairs: list[tuple[int, int]]) -> dict[str, float | int | None]:
+    """A share with its 95% bootstrap interval, from (hits, all) of each prompt; None where fewer than two have any.
 
     Prompts are drawn anew, not facts: the facts of one image hang together.
     """
-    counts = np.array([pair for pair in pairs if pair[1]], dtype=float)
+    counts = np.array([pair for pair in pairs if pair[1]], dtype=float).reshape(-1, 2)
+    if len(counts) < 2:  # nothing to draw from anew
+        share_ = float(counts[0, 0] / counts[0, 1]) if len(counts) else float("nan")
+        return {
+            "value": share_,
+            "low": float("nan"),
+            "high": float("nan"),
+            "facts": len(counts),
+            "prompts": len(counts),
+        }
 
     def share(found: np.ndarray, total: np.ndarray, axis: int = -1) -> np.ndarray:
         return found.sum(axis) / total.sum(axis)
@@ -160,6 +171,9 @@ def summary(rows: list[dict]) -> dict[str, dict]:
         facts = [[fact for fact in row["facts"] if fact["behind"] in sides] for row in rows]
         for key in ("found", "filled", "shape", "colour", "size"):
             figures[f"{key}_{part}"] = ratio([(sum(fact[key] for fact in own), len(own)) for own in facts])
+    for first, last in pairwise(TOKEN_BINS):
+        facts = [[fact for fact in row["facts"] if first <= fact["token"] < last] for row in rows]
+        figures[f"found_at_{first}"] = ratio([(sum(fact["found"] for fact in own), len(own)) for own in facts])
     figures["uncalled"] = ratio([(row["uncalled"], row["empty_cells"]) for row in rows])
     figures["background"] = ratio([(row["background"], 1) for row in rows])
     pairs = [pair for row in rows for pair in row["confusion"]]
@@ -186,6 +200,13 @@ def probes(model: Path) -> dict[str, dict]:
     }
 
 
+def shown(figure: dict) -> str:
+    """A share and its interval as text."""
+    if figure["value"] is None:
+        return "-"
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+
+
 def table(report: dict) -> str:
     """The report's main figures in Markdown."""
     columns = ("found_before", "found_behind", "found_all", "background", "uncalled")
@@ -194,8 +215,13 @@ def table(report: dict) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for condition, figures in report["conditions"].items():
-        cells = [f"{figures[c]['value']:.3f} [{figures[c]['low']:.3f}, {figures[c]['high']:.3f}]" for c in columns]
+        cells = [shown(figures[column]) for column in columns]
         lines.append(f"| {' | '.join([*condition.split('-'), *cells])} |")
+    spans = [f"tokens {first} to {last - 1}" for first, last in pairwise(TOKEN_BINS)]
+    lines += ["", "| found, by where the fact ends | " + " | ".join(spans) + " |", "|---|" + "---|" * len(spans)]
+    for condition, figures in report["conditions"].items():
+        cells = [shown(figures[f"found_at_{first}"]).split(" ")[0] for first in TOKEN_BINS[:-1]]
+        lines.append(f"| {condition.replace('-', ', ')} | {' | '.join(cells)} |")
     lines += ["", "| probe of | " + " | ".join(ATTRIBUTES) + " |", "|---|" + "---|" * len(ATTRIBUTES)]
     for name, probe in report["probes"].items():
         lines.append(f"| {name} | " + " | ".join(f"{probe[attribute]['mean']:.3f}" for attribute in ATTRIBUTES) + " |")
@@ -220,14 +246,8 @@ def main(args: Arguments) -> None:
             condition = f"{unet}-{name}"
             rows = evaluate(condition, load_pipeline(args.model, encoder, unet), strategy, args)
             figures = report["conditions"][condition] = summary(rows)
-            tqdm.write(
-                f"{condition:28}"
-                + "  ".join(
-                    f"{part} {figures[f'found_{part}']['value']:.3f} "
-                    f"[{figures[f'found_{part}']['low']:.3f}, {figures[f'found_{part}']['high']:.3f}]"
-                    for part in ("before", "behind")
-                )
-            )
+            before, behind = shown(figures["found_before"]), shown(figures["found_behind"])
+            tqdm.write(f"{condition:28}before {before}  behind {behind}")
     file = args.output_dir / "report.json"
     file.with_suffix(".part").write_text(json.dumps(report, indent=1))
     file.with_suffix(".part").rename(file)
