@@ -73,3 +73,9 @@ def test_a_wrong_stage_is_one_sentence(tmp_path: Path) -> None:
     done = train(tmp_path, 1, "--stage", "vae")
     assert done.returncode != 0
     assert "argument --stage: invalid choice: 'vae'" in done.stderr.splitlines()[-1]
+
+
+def test_a_stage_without_those_before_it_is_one_sentence(tmp_path: Path) -> None:
+    done = train(tmp_path, 1, "--stage", "unet")
+    assert done.returncode != 0
+    assert f"--stage unet needs {tmp_path / 'model/vae'}" in done.stderr.splitlines()[-1]

@@ -60,6 +60,12 @@ from finelip_diffusion.text_encoder import save_text_encoder
 STOCK_LENGTH = 77
 COMMON_MERGES = 1500  # merges of CLIP's vocabulary kept for their frequency, beside those that the captions need
 FEW, MANY = (1, 3), (4, 9)  # numbers of objects
+NEEDS = {  # what earlier stages must have left in the output folder
+    "unet": ("model/vae", "model/text_encoder"),
+    "long_clip": ("clip_model",),
+    "adapt": ("model/vae", "model/unet", "model/finelip/text_encoder"),
+    "bundle": ("model/unet", "model/finelip/unet"),
+}
 
 
 @dataclass
@@ -137,9 +143,7 @@ def fit(
         if step % 25 == 0:
             values = {name: value.item() for name, value in terms.items()}
             if not math.isfinite(sum(values.values())):
-                raise ValueError(
-                    f"The loss of {stage} is not finite at step {step}: {values}; lower the learning rate."
-                )
+                raise SystemExit(f"The loss of {stage} is not finite at step {step}: {values}.")
             bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
             accelerator.log(values | {"learning_rate": rate}, step=step)
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == steps:
@@ -560,6 +564,9 @@ def main(args: Arguments) -> None:
         "bundle": write_bundle,
     }
     for stage in stages if args.stage == "all" else (args.stage,):
+        missing = [name for name in NEEDS.get(stage, ()) if not (args.output_dir / name).exists()]
+        if missing:
+            raise SystemExit(f"--stage {stage} needs {args.output_dir / missing[0]}: run the stages before it first.")
         set_seed(args.seed)
         stages[stage](args)
 
