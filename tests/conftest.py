@@ -25,7 +25,9 @@ WIDTH, LAYERS = 32, 4
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
+    """Here and in the processes that tests start: sums over several threads may round otherwise."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

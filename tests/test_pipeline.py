@@ -415,9 +415,9 @@ for how in ("stretch", "chunk", "segment", "auto"):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     again = FineLIPStableDiffusionPipeline.from_pretrained(tmp_path)
-    assert torch.equal(torch.load(tmp_path / "images.pt"), pixels(again, text_of(200)))
     # weights in a mapped file lie at other addresses, and the kernels for them may round the last bit otherwise
-    torch.testing.assert_close(pixels(again, text_of(200)), pixels(pipe, text_of(200)), rtol=0, atol=1e-5)
+    for each in (again, pipe):
+        torch.testing.assert_close(torch.load(tmp_path / "images.pt"), pixels(each, text_of(200)), rtol=0, atol=1e-5)
     # No word about the stock encoder, which plain diffusers cannot use, nor about text that is not dropped at all.
     for misleading in ("not expected", "longer than", "truncated", "dropped"):
         assert misleading not in done.stderr

@@ -172,10 +172,10 @@ def test_a_saved_pipeline_gives_the_same_pixels_in_plain_diffusers(pipe, text_of
     assert type(plain) is StableDiffusionXLPipeline
     for each in (plain, again):
         each.set_progress_bar_config(disable=True)
-    assert torch.equal(pixels(plain, text_of(240)), pixels(again, text_of(240)))
+    # weights in a mapped file lie at other addresses, and the kernels for them may round the last bit otherwise
+    torch.testing.assert_close(pixels(plain, text_of(240)), pixels(again, text_of(240)), rtol=0, atol=1e-5)
     for how in ("stretch", "truncate", "chunk"):
         ours, theirs = (pixels(each, text_of(240), long_prompt=how) for each in (pipe, again))
-        # weights in a mapped file lie at other addresses, and the kernels for them may round the last bit otherwise
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 

@@ -139,15 +139,8 @@ def ratio(pairs: list[tuple[int, int]]) -> dict[str, float | int | None]:
     Prompts are drawn anew, not facts: the facts of one image hang together.
     """
     counts = np.array([pair for pair in pairs if pair[1]], dtype=float).reshape(-1, 2)
-    if len(counts) < 2:  # nothing to draw from anew
-        share_ = float(counts[0, 0] / counts[0, 1]) if len(counts) else float("nan")
-        return {
-            "value": share_,
-            "low": float("nan"),
-            "high": float("nan"),
-            "facts": len(counts),
-            "prompts": len(counts),
-        }
+    if len(counts) < 2:  # nothing to draw anew
+        return {"value": None, "low": None, "high": None, "facts": int(counts[:, 1].sum()), "prompts": len(counts)}
 
     def share(found: np.ndarray, total: np.ndarray, axis: int = -1) -> np.ndarray:
         return found.sum(axis) / total.sum(axis)
