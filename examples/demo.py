@@ -71,6 +71,8 @@ def main() -> None:
         parser.error(f"The prompt file cannot be read as UTF-8 text: {error}.")
     if not prompt:
         parser.error(f"The prompt file {args.prompt_file} is empty: write a prompt into it.")
+    if not args.out.parent.is_dir() or args.out.suffix != ".png" or args.steps < 1:
+        parser.error(f"--out {args.out} must be a .png in a folder that exists, and --steps {args.steps} at least 1.")
     picture(prompt, *compare(prompt, args.seed, args.steps)).save(args.out)
     print(f"Wrote {args.out}")
 

@@ -31,3 +31,9 @@ def test_a_prompt_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
         assert done.returncode != 0
         assert words in done.stderr.splitlines()[-1]
         assert not (tmp_path / "demo.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_one_sentence_before_drawing(tmp_path: Path) -> None:
+    done = demo(tmp_path, "--out", str(tmp_path / "missing" / "demo.png"))
+    assert done.returncode != 0
+    assert "must be a .png in a folder that exists" in done.stderr.splitlines()[-1]

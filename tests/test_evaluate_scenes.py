@@ -65,6 +65,17 @@ def test_an_unknown_encoder_is_one_sentence(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("Unknown condition 't5': encoders are")
 
 
+def test_bad_flags_are_one_sentence_before_anything_is_drawn(tmp_path: Path) -> None:
+    for flags, words in (
+        (("--num_prompts", "0"), "--num_prompts is at least 2"),
+        (("--model", str(tmp_path)), "holds no finelip/unet"),
+    ):
+        done = evaluate(tmp_path / "out", *flags)
+        assert done.returncode != 0
+        assert words in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_interval_of_a_share_is_near_the_normal_one(ratio) -> None:
     """With one fact a prompt, the bootstrap's interval is the binomial's, to the noise of 2,000 resamples."""
     hits = np.random.default_rng(0).random(2000) < 0.7

@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from finelip_diffusion.metrics import ATTRIBUTES, as_record, findings, probe_text_states
-from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
+from finelip_diffusion.pipeline import BUNDLED_MODEL, STOCK_POSITIONS, FineLIPStableDiffusionPipeline
 from finelip_diffusion.prompts import LongPrompt
 from finelip_diffusion.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Caption, describe, read, render, sample_scene
-from finelip_diffusion.text_encoder import load_text_encoder
+from finelip_diffusion.text_encoder import MAX_LENGTH, load_text_encoder
 
 ENCODERS: dict[str, tuple[str, LongPrompt]] = {  # name: (which long encoder the pipeline holds, its strategy)
     "truncate": ("trained", "truncate"),
@@ -186,7 +186,11 @@ def check_reader(num_scenes: int = 1000) -> float:
 
 def probes(model: Path) -> dict[str, dict]:
     """What a linear probe reads of the facts from the stock, the stretched and the trained encoder's token states."""
-    sources = {"stock": (model, 77), "stretch_untrained": (model, 248), "long_encoder": (model / "finelip", 248)}
+    sources = {
+        "stock": (model, STOCK_POSITIONS),
+        "stretch_untrained": (model, MAX_LENGTH),
+        "long_encoder": (model / "finelip", MAX_LENGTH),
+    }
     return {
         name: probe_text_states(*load_text_encoder(source, max_length=length, dtype=torch.float32), 1200)
         for name, (source, length) in sources.items()
@@ -225,6 +229,14 @@ def main(args: Arguments) -> None:
     unknown = [name for name in args.encoders if name not in ENCODERS] + [u for u in args.unets if u not in UNETS]
     if unknown:
         raise SystemExit(f"Unknown condition {unknown[0]!r}: encoders are {list(ENCODERS)}, UNets {list(UNETS)}.")
+    if args.num_prompts < 2 or args.batch_size < 1 or args.num_inference_steps < 1:
+        raise SystemExit(
+            "--num_prompts is at least 2 (an interval needs that), --batch_size and the steps at least 1."
+        )
+    if not (args.model / "finelip" / "unet").is_dir() and "adapted" in args.unets:
+        raise SystemExit(
+            f"{args.model} holds no finelip/unet: give a folder of train/train_scenes.py, or --unets base."
+        )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     report: dict = {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},

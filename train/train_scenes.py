@@ -267,6 +267,8 @@ def train_autoencoder(args: Arguments) -> None:
         rebuilt = vae.decode(latents).sample
     (args.output_dir / "autoencoder.txt").write_text(f"mean squared error {F.mse_loss(rebuilt, images):.5f}\n")
     save_picture(torch.cat([images[:8], rebuilt[:8]]), 8, args.output_dir / "autoencoder.png")
+    for stale in args.output_dir.glob("latents-*.pt"):  # of the autoencoder as it was
+        stale.unlink()
     vae.save_pretrained(args.output_dir / "model" / "vae")
 
 
