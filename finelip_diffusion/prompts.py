@@ -141,7 +141,7 @@ def read_prompt(
         if len(ids) > size:
             dropped = prompt[offsets[size][0] : offsets[-1][1]]
     elif cut == "sentences":
-        sentences = [ids[start:stop] for start, stop in _sentence_bounds(prompt, offsets)]
+        sentences = [ids[start:stop] for start, stop in sentence_bounds(prompt, offsets)]
         spans = [tuple(piece for sentence in sentences or [()] for piece in _pieces(sentence, size))]
     elif span_length is not None:
         spans = [tuple(_pieces(span, size)) for span in _pieces(ids, span_length - 2)]
@@ -150,7 +150,7 @@ def read_prompt(
     return Reading(encoder, len(ids), tokenizer.model_max_length, tuple(spans), dropped, span_length)
 
 
-def _sentence_bounds(prompt: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def sentence_bounds(prompt: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Bounds of each sentence, counted in tokens: a token belongs to the sentence in which it begins."""
     starts = [boundary["start_index"] for boundary in get_sentence_boundaries("en", prompt)]
     firsts = [bisect_left(offsets, (start, 0)) for start in starts[1:]]
