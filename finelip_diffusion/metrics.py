@@ -1,4 +1,4 @@
-"""Figures: what a reader finds of a prompt in an image, and what a linear probe finds of it in text states."""
+"""Figures: what a reader finds of a prompt in an image, what a probe finds of it in text states, their drift."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -40,7 +40,8 @@ class Finding:
 
 def fact_tokens(caption: Caption, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
     """First and last token index of each fact of a caption; the start token has index 0."""
-    offsets = tokenizer(str(caption), return_offsets_mapping=True, add_special_tokens=False).offset_mapping
+    encoding = tokenizer(str(caption), return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+    offsets = encoding.offset_mapping
     spans = []
     for fact in caption.facts:
         inside = [index for index, (start, end) in enumerate(offsets) if start >= fact.start and end <= fact.end]
@@ -133,3 +134,65 @@ def probe_text_states(
 def _class(item: object, name: str) -> int:
     values: Sequence[object] = ATTRIBUTES[name]
     return values.index(getattr(item, name))
+
+
+@torch.inference_mode()
+def state_drift(
+    encoder: CLIPTextModel, stock_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> dict[str, dict[str, float | list[float]]]:
+    """How far the token states of short prompts have moved from the stock encoder's, layer by layer.
+
+    A UNet of Stable Diffusion 1.x attends to `last_hidden_state`, one of SDXL to `hidden_states[-2]`. The start token
+    is left out: its state is the same for every prompt. So is padding.
+
+    Args:
+        encoder: the long encoder.
+        stock_encoder: the one that it was made of.
+        tokenizer: of both.
+        prompts: texts that fit the stock encoder.
+
+    Returns:
+        For `hidden_states[0]` (the embeddings), ..., `hidden_states[L]`, and `last_hidden_state` (after the final
+        norm):
+
+        - `rms`: root mean square of the difference, relative to that of the stock states, over all tokens,
+        - `cosine`: mean over all tokens of the cosine with the stock state,
+        - `prompt_rms`, `prompt_cosine`: the same over the tokens of each prompt.
+
+    Raises:
+        ValueError: if there is no prompt, one is longer than the stock encoder reads or empty, or the encoders' layers
+            or widths differ.
+    """
+    shapes = [(model.config.num_hidden_layers, model.config.hidden_size) for model in (encoder, stock_encoder)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"The encoders have (layers, width) {shapes[0]} and {shapes[1]}: compare two of one shape.")
+    rows = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
+    limit = stock_encoder.config.max_position_embeddings
+    if not rows or not all(3 <= len(row) <= limit for row in rows):
+        wrong = next((len(row) for row in rows if not 3 <= len(row) <= limit), None)
+        found = "There is no prompt" if wrong is None else f"A prompt has {wrong} tokens"
+        raise ValueError(f"{found}: drift is measured on prompts of 3 to {limit} tokens, start and end included.")
+    sums = []
+    for row in rows:
+        moved, kept = (_states(model, row) for model in (encoder, stock_encoder))  # (L + 2, T - 1, D)
+        cosines = F.cosine_similarity(moved, kept, dim=-1)
+        squares = [states.square().sum((1, 2)) for states in (moved - kept, kept)]
+        sums.append(torch.stack([*squares, cosines.sum(1)]))
+    difference, size, cosine = torch.stack(sums, dim=2)  # (L + 2, prompts) each
+    counts = torch.tensor([len(row) - 1 for row in rows])
+    names = [*(f"hidden_states[{layer}]" for layer in range(len(size) - 1)), "last_hidden_state"]
+    return {
+        name: {
+            "rms": (difference[layer].sum() / size[layer].sum()).sqrt().item(),
+            "cosine": (cosine[layer].sum() / counts.sum()).item(),
+            "prompt_rms": (difference[layer] / size[layer]).sqrt().tolist(),
+            "prompt_cosine": (cosine[layer] / counts).tolist(),
+        }
+        for layer, name in enumerate(names)
+    }
+
+
+def _states(encoder: CLIPTextModel, row: list[int]) -> Tensor:
+    """A prompt's states, the start token's aside: embeddings, every layer, final norm, (L + 2, T - 1, D)."""
+    output = encoder(torch.tensor([row], device=encoder.device), output_hidden_states=True)
+    return torch.cat([*output.hidden_states, output.last_hidden_state])[:, 1:].double().cpu()

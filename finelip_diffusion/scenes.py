@@ -181,7 +181,7 @@ def _place(cell: int, rng: random.Random) -> str:
     return rng.choice((*PLACES[cell], f"in the {ROWS[row][0]} row and the {COLUMNS[column]} column"))
 
 
-def describe(scene: Scene, seed: int = 0) -> Caption:
+def describe(scene: Scene, seed: int = 0, like: Scene | None = None) -> Caption:
     """Describes a scene: an opening, then a sentence for each object, in random order and varied wording.
 
     Scenes of 4 to 9 objects take about 60 to 240 CLIP tokens.
@@ -189,12 +189,22 @@ def describe(scene: Scene, seed: int = 0) -> Caption:
     Args:
         scene: the scene.
         seed: any integer; the same scene and seed give the same caption.
+        like: another scene with as many objects, in whose order and wording this one is told: what both hold gets the
+            same sentence, and the captions differ where the scenes do, nowhere else.
 
     Returns:
         The caption, a `str` whose `facts` tell which characters name which object.
+
+    Raises:
+        ValueError: if `like` has another number of objects.
     """
-    rng = random.Random(f"{scene} {seed}")
-    count = len(scene.objects)
+    like = like or scene
+    count = len(like.objects)
+    if len(scene.objects) != count:
+        raise ValueError(f"A scene of {len(scene.objects)} objects cannot be told like one of {count}.")
+    others = (item for item in scene.objects if item not in like.objects)
+    objects = [item if item in scene.objects else next(others) for item in like.objects]
+    rng = random.Random(f"{like} {seed}")
     text = rng.choice(OPENINGS).format(
         number=NUMBERS[count],
         objects=rng.choice(("shapes", "objects") if count != 1 else ("shape", "object")),
@@ -202,7 +212,7 @@ def describe(scene: Scene, seed: int = 0) -> Caption:
         background=scene.background,
     )
     facts = []
-    for item in rng.sample(scene.objects, count):
+    for item in rng.sample(objects, count):
         place = _place(item.cell, rng)
         fact = rng.choice(SENTENCES).format(
             size=rng.choice(SIZE_WORDS[item.size]),

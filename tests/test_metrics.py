@@ -1,8 +1,10 @@
-"""Findings against a hand count, the linear probe against a problem with a known answer."""
+"""Findings against a hand count, the linear probe against a problem with a known answer, drift against a loop."""
 
+import pytest
 import torch
+from conftest import LAYERS, WIDTH, tiny_text_encoder
 
-from finelip_diffusion.metrics import fact_tokens, findings, linear_probe
+from finelip_diffusion.metrics import fact_tokens, findings, linear_probe, state_drift
 from finelip_diffusion.scenes import Scene, describe, read, render, sample_scene
 
 
@@ -43,3 +45,55 @@ def test_the_probe_reads_what_is_linear_and_nothing_from_noise() -> None:
     assert linear_probe(states(labels), labels, states(test_labels), test_labels) == 1.0
     noise = torch.randn(1200, 16, generator=generator)
     assert linear_probe(noise[:800], labels, noise[800:], test_labels) < 0.35
+
+
+def test_drift_is_none_against_oneself_and_the_plain_difference_otherwise(tokenizer) -> None:
+    """Compared with a loop over tokens; float32 states, summed in float64."""
+    stock, moved = tiny_text_encoder(0), tiny_text_encoder(0, positions=248)
+    with torch.no_grad():
+        moved.load_state_dict(stock.state_dict() | {
+            name: torch.cat([table, torch.zeros(171, WIDTH)])
+            for name, table in stock.state_dict().items() if "position_embedding" in name
+        })  # fmt: skip
+    prompts = ["a red cat", "two blue dogs asleep under a tree", "a"]
+    for layer in state_drift(moved, stock, tokenizer, prompts).values():
+        assert layer["rms"] == 0
+        assert layer["cosine"] == pytest.approx(1)
+    with torch.no_grad():
+        for name, weight in moved.named_parameters():
+            if "position_embedding" in name or "layers.2.mlp.fc2" in name:
+                weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    drift = state_drift(moved, stock, tokenizer, prompts)
+    names = [f"hidden_states[{index}]" for index in range(LAYERS + 1)] + ["last_hidden_state"]
+    assert list(drift) == names
+    for index, name in enumerate(names):
+        squares, sizes, cosines = [], [], []
+        for number, prompt in enumerate(prompts):
+            with torch.no_grad():
+                ids = tokenizer(prompt, return_tensors="pt").input_ids
+                outputs = [encoder(ids, output_hidden_states=True) for encoder in (moved, stock)]
+            new, old = (
+                (output.hidden_states[index] if index <= LAYERS else output.last_hidden_state)[0].double()
+                for output in outputs
+            )
+            tokens = range(1, ids.shape[1])
+            square = sum((new[t] - old[t]).square().sum() for t in tokens)
+            size = sum(old[t].square().sum() for t in tokens)
+            cosine = [new[t] @ old[t] / (new[t].norm() * old[t].norm()) for t in tokens]
+            assert drift[name]["prompt_rms"][number] == pytest.approx(float((square / size).sqrt()))
+            assert drift[name]["prompt_cosine"][number] == pytest.approx(float(sum(cosine) / len(cosine)))
+            squares.append(square), sizes.append(size), cosines.extend(cosine)
+        assert drift[name]["rms"] == pytest.approx(float((sum(squares) / sum(sizes)).sqrt()))
+        assert drift[name]["cosine"] == pytest.approx(float(sum(cosines) / len(cosines)))
+
+
+def test_drift_is_measured_on_prompts_that_both_read(tokenizer, text_of) -> None:
+    stock = tiny_text_encoder(0)
+    with pytest.raises(ValueError, match="A prompt has 78 tokens: .* 3 to 77 tokens"):
+        state_drift(stock, stock, tokenizer, ["a red cat", text_of(76)])
+    with pytest.raises(ValueError, match="A prompt has 2 tokens"):
+        state_drift(stock, stock, tokenizer, [""])
+    with pytest.raises(ValueError, match="There is no prompt"):
+        state_drift(stock, stock, tokenizer, [])
+    with pytest.raises(ValueError, match=r"\(4, 32\) and \(4, 16\)"):
+        state_drift(stock, tiny_text_encoder(0, width=16), tokenizer, ["a"])

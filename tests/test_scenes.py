@@ -1,5 +1,7 @@
 """The bundled world: deterministic, disjoint splits, captions that state every fact, a reader that is right."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -75,6 +77,24 @@ def test_captions_state_every_object_once_in_words() -> None:
             assert fact.object.shape in words
             assert any(word in words for word in SIZE_WORDS[fact.object.size])
             assert " a orange" not in words
+
+
+def test_near_duplicates_can_be_told_in_the_same_words() -> None:
+    scene = sample_scene(5, num_objects=(6, 6))
+    caption = describe(scene, 3)
+    assert describe(scene, 3, like=scene) == caption
+    for item in scene.objects:
+        (free, *_) = set(range(9)) - {other.cell for other in scene.objects}
+        for change in ({"size": "large" if item.size == "small" else "small"}, {"cell": free}):
+            objects = [replace(item, **change) if other == item else other for other in scene.objects]
+            other = Scene(scene.background, tuple(sorted(objects)))
+            told = describe(other, 3, like=scene)
+            assert sorted(fact.object for fact in told.facts) == list(other.objects)
+            changed = [one != two for one, two in zip(caption.split(". "), told.split(". "), strict=True)]
+            assert sum(changed) == 1
+            assert changed.index(True) == 1 + [fact.object for fact in caption.facts].index(item)
+    with pytest.raises(ValueError, match="A scene of 6 objects cannot be told like one of 5"):
+        describe(scene, 3, like=sample_scene(5, num_objects=(5, 5)))
 
 
 def test_captions_are_long_and_half_of_their_facts_lie_behind_token_77(tokenizer) -> None:

@@ -1,0 +1,184 @@
+"""Measures how well models find images by captions and captions by images, and whether they read captions to the end.
+
+    python train/evaluate_retrieval.py --model runs/finelip/finelip_model --output_dir runs/retrieval    # on scenes
+    python train/evaluate_retrieval.py --model runs/finelip-b16/finelip_model openai/clip-vit-base-patch16 \\
+        --data scenes data/Urban1k data/docci --output_dir runs/retrieval --batch_size 128 --mixed_precision bf16
+
+A gallery is `scenes` (held-out near-duplicates that only text behind token 77 tells apart) or whatever
+`finelip_diffusion.data.open_dataset` reads: Urban1k, DOCCI, COCO, Karpathy's files of COCO and Flickr30k,
+imagefolders, JSON lines. `OUTPUT_DIR/report.json` has each figure with its 95% bootstrap interval, the rank of every
+query and the tokens read of every caption; `report.md` has the main ones as tables. docs/retrieval.md says what they
+mean.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from torch.utils.data import IterableDataset, Subset
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from finelip_diffusion.data import open_dataset
+from finelip_diffusion.model import GLOBAL_SHARE, load_clip
+from finelip_diffusion.retrieval import VIEWS, embed_gallery, evaluate, scenes_gallery
+from finelip_diffusion.text_encoder import locate
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+COLUMNS = ("R@1", "R@5", "R@10", "group_R@1")
+
+
+@dataclass
+class Arguments:
+    """The defaults measure on a thousand scenes."""
+
+    output_dir: Path = field(metadata={"help": "Where report.json and report.md are written."})
+    model: list[str] = field(
+        metadata={
+            "help": "Folders of finetune_encoder.py (finelip_model), or CLIPs: folders, hub ids, files.",
+            "action": "extend",
+        }
+    )
+    data: list[str] = field(
+        default_factory=list, metadata={"help": "Folders and files; scenes, which is the default.", "action": "extend"}
+    )
+    split: str = field(default="test", metadata={"help": "Of data that has splits."})
+    image_root: Path | None = field(default=None, metadata={"help": "Where a list's images are, if not beside it."})
+    image_column: str | None = field(default=None, metadata={"help": "Of a list, if it is not the usual one."})
+    caption_column: str | None = field(default=None, metadata={"help": "Of a list, if it is not the usual one."})
+    num_captions: int | None = field(default=None, metadata={"help": "Only the first so many; not for scenes."})
+    num_groups: int = field(default=128, metadata={"help": "Of eight scenes each."})
+    seed: int = field(default=0, metadata={"help": "Which scenes."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Stretch CLIPs, untrained, to so many tokens; by default they stay as they are."},
+    )
+    views: list[str] = field(default_factory=lambda: list(VIEWS), metadata={"help": f"whole, and any of {VIEWS[1:]}."})
+    global_share: float = field(default=GLOBAL_SHARE, metadata={"help": "Of the global cosine in FineLIP*."})
+    batch_size: int = field(default=64, metadata={"help": "Images, or captions, at once; changes nothing but time."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
+    mixed_precision: Literal["no", "fp16", "bf16"] = field(default="no", metadata={"help": "Precision of the towers."})
+
+    def __post_init__(self) -> None:
+        self.data = self.data or ["scenes"]
+        least = {"num_captions": 2, "num_groups": 1, "batch_size": 1, "num_workers": 0}
+        for name, bound in least.items():
+            if (value := getattr(self, name)) is not None and value < bound:
+                raise ValueError(f"--{name} is {value}, but must be at least {bound}.")
+        if not 0 <= self.global_share <= 1:
+            raise ValueError(f"--global_share is {self.global_share}, but a share lies in 0..1.")
+        if "whole" not in self.views or set(self.views) - set(VIEWS):
+            raise ValueError(f"--views are {' '.join(self.views)}: give whole, and any of {', '.join(VIEWS[1:])}.")
+
+
+def open_gallery(data: str, args: Arguments) -> Any:
+    """The examples of a gallery, and what was found unusable while they were listed."""
+    if data == "scenes":
+        return scenes_gallery(args.num_groups, args.seed)
+    dataset = open_dataset(
+        data,
+        split=args.split,
+        image_root=args.image_root,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+    )
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"{data} is a stream without an end: give a folder or a list.")
+    if args.num_captions is not None:
+        return Subset(dataset, range(min(args.num_captions, len(dataset))))
+    return dataset
+
+
+def shown(figure: dict | None, interval: bool = True) -> str:
+    """A figure, and its interval, as text."""
+    if figure is None or figure["value"] is None:
+        return "-"
+    if not interval or figure["low"] is None:
+        return f"{figure['value']:.3f}"
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+
+
+def tables(report: dict) -> str:
+    """The report's main figures in Markdown, gallery by gallery."""
+    share = report["settings"]["global_share"]
+    names = {"global": "global cosine", "finelip": f"FineLIP* ({share:g} global)"}
+    lines = []
+    for data, results in report["galleries"].items():
+        first = next(iter(results.values()), None)
+        if first is None:  # not measured yet
+            continue
+        columns = COLUMNS if first["groups"] < first["images"] else COLUMNS[:-1]
+        header = [f"{direction}, {column}".replace("_", " ") for direction in DIRECTIONS for column in columns]
+        lines += [
+            f"## {data}",
+            "",
+            f"{first['images']} images in {first['groups']} groups, {first['captions']} captions.",
+            "",
+        ]
+        lines += [f"| model | captions | score | {' | '.join(header)} |", "|---" * (3 + len(header)) + "|"]
+        for model, result in results.items():
+            for view in result["views"]:
+                for score, name in names.items():
+                    cells = [
+                        shown(result["figures"][f"{view}/{score}/{direction}/{column}"], column.endswith("R@1"))
+                        for direction in DIRECTIONS
+                        for column in columns
+                    ]
+                    lines.append(f"| {model} | {view} | {name} | {' | '.join(cells)} |")
+        lines += ["", "| model | HiMo@K | captions cut | longest read | examples skipped |", "|---|---|---|---|---|"]
+        for model, result in results.items():
+            read = result["views"]["whole"]["read"]
+            cut = sum(kept < length for kept, length in zip(read, result["lengths"], strict=True))
+            himo = shown(result["figures"].get("himo"))
+            lines.append(
+                f"| {model} | {himo} | {cut} of {len(read)} | {max(read)} tokens | {len(result['skipped'])} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write(report: dict, folder: Path) -> None:
+    """Writes the report as far as it goes, whole or not at all."""
+    for name, text in (("report.json", json.dumps(report)), ("report.md", tables(report))):
+        partial = folder / f"{name}.part"
+        partial.write_text(text, encoding="utf-8")
+        partial.rename(folder / name)
+
+
+def main(args: Arguments) -> None:
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise ValueError(f"this runs in one process, not {accelerator.num_processes}: leave --num_processes out.")
+    for source in args.model:
+        locate(source, None, {})  # a wrong name is known before anything is computed
+    galleries = {data: open_gallery(data, args) for data in args.data}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+    report: dict[str, Any] = {"settings": settings, "galleries": {data: {} for data in galleries}}
+
+    def progress(items: Any, name: str) -> Any:
+        return tqdm(items, desc=name, leave=False, mininterval=1)
+
+    for source in args.model:
+        model, tokenizer, image_processor = load_clip(source, max_length=args.max_length)
+        model = model.to(accelerator.device).eval()
+        for data, examples in galleries.items():
+            with accelerator.autocast():
+                gallery = embed_gallery(
+                    model, tokenizer, image_processor, examples, args.batch_size,
+                    views=args.views, himo=True, num_workers=args.num_workers, progress=progress,
+                )  # fmt: skip
+            result = evaluate(gallery, args.global_share, accelerator.device, progress)
+            report["galleries"][data][source] = result
+            figures = [shown(result["figures"][f"whole/finelip/{direction}/R@1"]) for direction in DIRECTIONS]
+            tqdm.write(f"{source}, {data}: FineLIP* R@1 image to text {figures[0]}, text to image {figures[1]}")
+            write(report, args.output_dir)
+
+
+if __name__ == "__main__":
+    try:
+        main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    except ValueError as error:
+        raise SystemExit(f"{Path(__file__).name}: {error}") from error
