@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .model import FineLIPConfig, FineLIPModel
     from .pipeline import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline, attach
     from .prompts import PromptReport
     from .text_encoder import load_text_encoder
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "FineLIPConfig",
+    "FineLIPModel",
     "FineLIPStableDiffusionPipeline",
     "FineLIPStableDiffusionXLPipeline",
     "PromptReport",
@@ -23,6 +26,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "FineLIPConfig": "model",
+    "FineLIPModel": "model",
     "FineLIPStableDiffusionPipeline": "pipeline",
     "FineLIPStableDiffusionXLPipeline": "pipeline",
     "PromptReport": "prompts",

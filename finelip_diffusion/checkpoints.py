@@ -24,7 +24,8 @@ from .positions import KEPT_POSITIONS, merge_positions
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 TOKENS, POSITIONS = "embeddings.token_embedding.weight", "embeddings.position_embedding.weight"
 PROJECTION = "text_projection.weight"
-HEAD_WIDTH = 64  # every published CLIP text tower
+HEAD_WIDTH = 64  # every published CLIP text tower, and image towers of up to MOST_IMAGE_HEADS heads
+MOST_IMAGE_HEADS = 16  # wider image towers (ViT-H, ViT-g, bigG) have wider heads
 OPENAI_DEPTH = 12  # every text tower that OpenAI published
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -52,6 +53,21 @@ _OPENAI_BLOCK_NAMES = {
         "mlp.c_fc": "mlp.fc1",
         "mlp.c_proj": "mlp.fc2",
     }.items()
+    for kind in ("weight", "bias")
+}
+_IMAGE_SHAPES = {  # what an image tower's sizes are read from, and its dimensions
+    "vision_model.embeddings.patch_embedding.weight": 4,
+    "vision_model.embeddings.position_embedding.weight": 2,
+    "vision_model.encoder.layers.0.mlp.fc1.weight": 2,
+    "visual_projection.weight": 2,
+}
+_OPENAI_IMAGE_NAMES = {
+    "class_embedding": "vision_model.embeddings.class_embedding",
+    "positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+} | {
+    f"{theirs}.{kind}": f"vision_model.{ours}.{kind}"
+    for theirs, ours in {"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}.items()
     for kind in ("weight", "bias")
 }
 
@@ -251,6 +267,68 @@ def check_weights(weights: TextWeights, expected: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{where} holds {named} as {tensors[name].dtype}: give floats of 16, 32 or 64 bits.")
         if not tensors[name].isfinite().all():
             raise ValueError(f"{where} holds NaN or infinite numbers in {named}: the weights are damaged.")
+
+
+def image_tower(
+    tensors: Mapping[str, Tensor], where: str = "the checkpoint", hidden_act: str = "quick_gelu"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Picks the image tower out of a CLIP's state dict, under the names of `transformers`' `CLIPModel`.
+
+    Shapes do not say the heads: width / 64 and at most 16, as OpenAI's and open_clip's vision transformers have it.
+
+    Args:
+        tensors: A state dict in the layout of `transformers`, OpenAI, open_clip, FineLIP or Long-CLIP.
+        where: What to call the source in error messages.
+        hidden_act: Of the text tower, which an image tower shares.
+
+    Returns:
+        Weights (`vision_model.…`, `visual_projection.weight`, `logit_scale`), and what the shapes say of the
+        `CLIPVisionConfig`.
+
+    Raises:
+        ValueError: If there is no image tower, or it is no vision transformer.
+    """
+    kept = {name: tensor for name, tensor in tensors.items() if name == "logit_scale" or name.startswith("vis")}
+    found = {name: tensor for name, tensor in kept.items() if not name.startswith("visual.")}
+    for name, tensor in kept.items():
+        if name.startswith("visual."):
+            found |= _image_names(name.removeprefix("visual."), tensor)
+    found = {name: tensor.clone() for name, tensor in found.items() if not name.endswith("position_ids")}
+    if lacking := [name for name, ndim in _IMAGE_SHAPES.items() if name not in found or found[name].ndim != ndim]:
+        raise ValueError(
+            f"{where} holds no image tower that is a vision transformer (it lacks {_listed(lacking)}): "
+            f"give a whole CLIP with a ViT."
+        )
+    patches, table, inner, projection = (found[name] for name in _IMAGE_SHAPES)
+    layers = {name.split(".")[3] for name in found if name.startswith("vision_model.encoder.layers.")}
+    width, size = patches.shape[0], patches.shape[-1]
+    return found, {
+        "hidden_size": width,
+        "intermediate_size": inner.shape[0],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": min(width // HEAD_WIDTH, MOST_IMAGE_HEADS),
+        "patch_size": size,
+        "image_size": size * round((table.shape[0] - 1) ** 0.5),
+        "projection_dim": projection.shape[0],
+        "hidden_act": hidden_act,
+    }
+
+
+def _image_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """OpenAI's name of an image weight, without `visual.` -> the names of `transformers`."""
+    if name in _OPENAI_IMAGE_NAMES:
+        return {_OPENAI_IMAGE_NAMES[name]: tensor}
+    if name == "proj":
+        return {"visual_projection.weight": tensor.T}  # (D, E) -> (E, D), as nn.Linear keeps it
+    block = _BLOCK.fullmatch(name)
+    layer, part = (f"vision_model.encoder.layers.{block[1]}.", block[2]) if block else ("", name)
+    if part in _OPENAI_BLOCK_NAMES:
+        return {layer + _OPENAI_BLOCK_NAMES[part]: tensor}
+    if part in ("attn.in_proj_weight", "attn.in_proj_bias"):
+        kind = part.rsplit("_", 1)[1]
+        thirds = zip("qkv", tensor.chunk(3) if tensor.ndim else (), strict=False)  # (3 D, ...) -> (D, ...) each
+        return {f"{layer}self_attn.{target}_proj.{kind}": third for target, third in thirds}
+    return {f"visual.{name}": tensor}
 
 
 def read_json(path: Path) -> dict[str, Any]:

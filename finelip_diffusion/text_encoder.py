@@ -102,7 +102,7 @@ def load_text_encoder(
             tokenizer and weights do not fit each other. One sentence.
     """
     hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
-    file, folder, config = _locate(source, subfolder, hub)
+    file, folder, config = locate(source, subfolder, hub)
     weights = text_weights(read_checkpoint(file), where=str(file), keep=keep)
     if config is None:
         config, with_projection = weights.config(hidden_act, num_attention_heads), bool(projection)
@@ -200,10 +200,22 @@ def final_layer_norm(text_encoder: TextEncoder) -> nn.LayerNorm:
     return getattr(text_encoder, "text_model", text_encoder).final_layer_norm
 
 
-def _locate(
+def locate(
     source: str | Path, subfolder: str | None, hub: dict[str, Any]
 ) -> tuple[Path, Path | None, dict[str, Any] | None]:
-    """Weights file, the encoder's folder and its `config.json`; the last two are None for a bare file."""
+    """Finds, or downloads, a model.
+
+    Args:
+        source: A file, a folder, or a hub id, as `load_text_encoder` takes it.
+        subfolder: Where in a folder the model lies; by default the folder itself, or else its `text_encoder`.
+        hub: `revision`, `token`, `local_files_only`.
+
+    Returns:
+        The weights file, the model's folder and its `config.json`; the last two are None for a bare file.
+
+    Raises:
+        ValueError: If there is none. One sentence.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         if subfolder is not None:

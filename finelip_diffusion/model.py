@@ -1,0 +1,341 @@
+"""FineLIP's model: a CLIP whose text tower reads 248 tokens, with token refinement for both towers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+from .checkpoints import HEAD_WIDTH, image_tower, read_checkpoint
+from .positions import KEPT_POSITIONS
+from .refinement import TokenRefinement
+from .scores import late_interaction
+from .text_encoder import MAX_LENGTH, _tokenizer, load_text_encoder, locate
+
+REFINED_SHARE = 0.2
+"""Refined tokens for a patch: 39 of 196, 51 of 256."""
+GLOBAL_SHARE = 0.8
+"""Of the global cosine in FineLIP*, the score for retrieval; the rest is the token score."""
+
+
+class FineLIPConfig(PreTrainedConfig):
+    """Configuration of `FineLIPModel`.
+
+    Args:
+        clip_config: of the two towers (`CLIPConfig`, or a dictionary of one); its text tower has the stretched length.
+        keep: first rows of the position table that are not trained.
+        refine_image: whether the image's tokens are refined.
+        refine_text: whether the caption's are.
+        num_refined_tokens: tokens that refinement leaves of each, CLS and end token aside; by default 20% of the
+            patches.
+    """
+
+    model_type = "finelip"
+    sub_configs = {"clip_config": CLIPConfig}  # noqa: RUF012
+
+    def __init__(
+        self,
+        clip_config: CLIPConfig | dict[str, Any] | None = None,
+        keep: int = KEPT_POSITIONS,
+        refine_image: bool = True,
+        refine_text: bool = True,
+        num_refined_tokens: int | None = None,
+        **kwargs: Any,
+    ):
+        clip: Any = clip_config or {"text_config": {"max_position_embeddings": MAX_LENGTH}}
+        self.clip_config = clip if isinstance(clip, CLIPConfig) else CLIPConfig(**clip)
+        self.keep = keep
+        self.refine_image = refine_image
+        self.refine_text = refine_text
+        vision = self.clip_config.vision_config
+        self.num_refined_tokens = num_refined_tokens or max(
+            1, int(REFINED_SHARE * (vision.image_size // vision.patch_size) ** 2)
+        )
+        super().__init__(**kwargs)
+
+
+@dataclass
+class FineLIPOutput(ModelOutput):
+    """What the model makes of B images and B captions; losses name these fields.
+
+    Attributes:
+        image_embeds, text_embeds: (B, E), of length 1.
+        image_tokens: (B, 1 + P, E), CLS first, normed and projected, not of length 1.
+        text_tokens: (B, T, E), likewise.
+        text_mask: (B, T), True from the start token to the end token.
+        local_image_tokens: (B, M, E), of length 1: what the token score reads.
+        local_text_tokens, local_text_mask: (B, N, E) and (B, N), likewise.
+        logit_scale: (), the factor itself, not its logarithm.
+    """
+
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_tokens: Tensor | None = None
+    text_tokens: Tensor | None = None
+    text_mask: Tensor | None = None
+    local_image_tokens: Tensor | None = None
+    local_text_tokens: Tensor | None = None
+    local_text_mask: Tensor | None = None
+    logit_scale: Tensor | None = None
+
+    def scores(self, global_share: float = GLOBAL_SHARE) -> Tensor:
+        """FineLIP*: 0.8 global cosine + 0.2 token score, (B_image, B_text)."""
+        own: Any = self  # its fields are optional, as those of every `ModelOutput`
+        tokens = late_interaction(own.local_image_tokens, own.local_text_tokens, text_mask=own.local_text_mask)
+        return global_share * own.image_embeds @ own.text_embeds.T + (1 - global_share) * tokens
+
+
+def last_tokens(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The last token that the mask (B, T) keeps, in front of padding: (B, T, E) -> (B, E)."""
+    return tokens[torch.arange(len(tokens), device=tokens.device), mask.sum(1) - 1]
+
+
+class StretchedPositions(nn.Embedding):
+    """A position table whose first rows are not trained: they get no gradient, on any device or shard.
+
+    Name and shape of the weight are the stock ones. An optimiser must not decay it, or the kept rows would shrink.
+    """
+
+    keep = 0
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        return F.embedding(position_ids, torch.cat([self.weight[: self.keep].detach(), self.weight[self.keep :]]))
+
+
+class FineLIPModel(PreTrainedModel):
+    """A CLIP for long captions and FineLIP's token refinement (arXiv 2504.01916, section 3).
+
+    `clip` is a stock `CLIPModel`; `text_encoder()` takes its text tower out for Stable Diffusion, which uses neither
+    the refinement nor the token score.
+    """
+
+    config_class = FineLIPConfig
+    base_model_prefix = "finelip"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPVisionEmbeddings"]  # noqa: RUF012
+
+    def __init__(self, config: FineLIPConfig):
+        super().__init__(config)
+        self.clip = CLIPModel._from_config(config.clip_config)
+        positions = StretchedPositions(*self._positions.weight.shape)
+        positions.keep = config.keep
+        self.clip.text_model.embeddings.position_embedding = positions
+        width, number = config.clip_config.projection_dim, config.num_refined_tokens
+        self.image_refinement = TokenRefinement(width, number) if config.refine_image else None
+        self.text_refinement = TokenRefinement(width, number) if config.refine_text else None
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """CLIP's modules are drawn by their own class, the others as PyTorch draws them."""
+        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            module.reset_parameters()
+        elif isinstance(module, TokenRefinement):
+            nn.init.ones_(module.scale)
+
+    @property
+    def _positions(self) -> nn.Embedding:
+        return self.clip.text_model.embeddings.position_embedding
+
+    @classmethod
+    def from_clip(
+        cls,
+        source: str | Path,
+        *,
+        max_length: int | None = MAX_LENGTH,
+        keep: int = KEPT_POSITIONS,
+        refine_image: bool = True,
+        refine_text: bool = True,
+        dtype: torch.dtype | None = torch.float32,
+        hidden_act: str | None = None,
+        attn_implementation: str | None = None,
+        **hub: Any,
+    ) -> "FineLIPModel":
+        """Makes the model of a CLIP: its text positions are stretched, the refinement is drawn anew.
+
+        Args:
+            source: A folder or hub id of a CLIP in the layout of `transformers`, or a file (.safetensors, .pt, …) in
+                the layout of `transformers`, OpenAI, open_clip (vision transformers), FineLIP or Long-CLIP.
+            max_length: Tokens that the text tower shall read; None keeps the table's rows.
+            keep: First position rows that stretching leaves as they are, and that are not trained.
+            refine_image: Whether the image's tokens are refined.
+            refine_text: Whether the caption's are.
+            dtype: Of the result; None keeps the widest of the text weights.
+            hidden_act: `"quick_gelu"` or `"gelu"`, of both towers of a file; by default the rule of
+                `TextWeights.config`. Folders and hub ids have a `config.json`, which is followed.
+            attn_implementation: `"eager"`, `"sdpa"`, …; by default transformers' choice.
+            hub: `revision`, `token`, `local_files_only`, `subfolder`.
+
+        Returns:
+            The model, in evaluation mode on the CPU.
+
+        Raises:
+            ValueError: If the source is missing, no CLIP, or has no image tower. One sentence.
+        """
+        subfolder = hub.pop("subfolder", None)
+        file, folder, config = locate(source, subfolder, hub)
+        if config is not None and config.get("model_type") != "clip":
+            raise ValueError(
+                f"{folder} holds a {config.get('model_type')!r}, which has no image tower: give a whole CLIP."
+            )
+        text, _ = load_text_encoder(
+            source, subfolder=subfolder, max_length=max_length, keep=keep, projection=True, dtype=dtype,
+            hidden_act=hidden_act, **hub
+        )  # fmt: skip
+        tensors, vision = image_tower(read_checkpoint(file), str(file), text.config.hidden_act)
+        if config is not None:  # what shapes cannot say, too
+            vision = CLIPConfig.from_dict(config).vision_config.to_dict()
+        elif vision["hidden_size"] % HEAD_WIDTH:
+            raise ValueError(
+                f"{file} has an image tower {vision['hidden_size']} wide, which attention heads of {HEAD_WIDTH} do "
+                "not divide: give a folder in the layout of transformers, whose config.json says the heads."
+            )
+        clip_config = CLIPConfig(
+            text_config=text.config.to_dict(), vision_config=vision, projection_dim=text.config.projection_dim
+        )
+        model = cls._from_config(
+            FineLIPConfig(clip_config, keep, refine_image, refine_text), attn_implementation=attn_implementation
+        ).to(text.dtype)
+        own = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in text.state_dict().items()}
+        own["text_projection.weight"] = own.pop("text_model.text_projection.weight")
+        wanted = model.clip.state_dict()
+        found = own | tensors
+        if missing := sorted(wanted.keys() - found.keys()):
+            raise ValueError(f"{file} lacks the weights {', '.join(missing[:5])}: give a whole CLIP.")
+        if extra := sorted(found.keys() - wanted.keys()):
+            raise ValueError(f"{file} holds image weights that a CLIP does not have: {', '.join(extra[:5])}.")
+        wrong = [name for name, tensor in found.items() if tensor.shape != wanted[name].shape]
+        if wrong:
+            raise ValueError(f"{file} holds weights of the wrong shape: {', '.join(wrong[:5])}.")
+        model.clip.load_state_dict(found)
+        return model.eval()
+
+    # ---------------------------------------------------------------------------------------------------- encoding
+
+    def encode_image(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> global embeddings of length 1 (B, E), and tokens, CLS first (B, 1 + P, E)."""
+        tower = self.clip.vision_model
+        states = tower.post_layernorm(tower(pixel_values).last_hidden_state)  # of all tokens, not of CLS alone
+        tokens = self.clip.visual_projection(states)
+        return F.normalize(tokens[:, 0], dim=-1), tokens
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Encodes captions.
+
+        Args:
+            input_ids: (B, T), padded at the end.
+            attention_mask: (B, T), True from the start token to the end token; by default up to the first end token.
+
+        Returns:
+            Global embeddings of length 1 (B, E), tokens (B, T, E), and the mask.
+        """
+        if attention_mask is None:
+            ends = input_ids == self.config.clip_config.text_config.eos_token_id
+            attention_mask = (ends.cumsum(1) - ends.int()) == 0
+        states = self.clip.text_model(input_ids).last_hidden_state  # causal attention: padding at the end is not seen
+        tokens = self.clip.text_projection(states)
+        return F.normalize(last_tokens(tokens, attention_mask), dim=-1), tokens, attention_mask.bool()
+
+    def local_image(self, image_tokens: Tensor) -> Tensor:
+        """What the token score reads of an image, CLS and refined patches; (B, 1 + P, E) -> (B, M, E), of length 1."""
+        if self.image_refinement is not None:
+            refined = self.image_refinement(image_tokens[:, 1:])
+            image_tokens = torch.cat([image_tokens[:, :1], refined], dim=1)
+        return F.normalize(image_tokens, dim=-1)
+
+    def local_text(self, text_tokens: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What the token score reads of a caption: refined tokens, then the end token; of length 1.
+
+        Args:
+            text_tokens: (B, T, E).
+            text_mask: (B, T).
+
+        Returns:
+            Tokens (B, N, E), and their mask (B, N).
+        """
+        if self.text_refinement is not None:
+            positions = torch.arange(text_mask.shape[1], device=text_mask.device)
+            others = text_mask & (positions < text_mask.sum(1, keepdim=True) - 1)
+            ends = last_tokens(text_tokens, text_mask)
+            text_tokens = torch.cat([self.text_refinement(text_tokens, others), ends[:, None]], dim=1)
+            text_mask = text_mask.new_ones(text_tokens.shape[:2])
+        return F.normalize(text_tokens, dim=-1), text_mask
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> FineLIPOutput:
+        """Encodes images (B, 3, H, W) and captions (B', T)."""
+        image_embeds, image_tokens = self.encode_image(pixel_values)
+        text_embeds, text_tokens, text_mask = self.encode_text(input_ids, attention_mask)
+        local_text_tokens, local_text_mask = self.local_text(text_tokens, text_mask)
+        return FineLIPOutput(
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            image_tokens=image_tokens,
+            text_tokens=text_tokens,
+            text_mask=text_mask,
+            local_image_tokens=self.local_image(image_tokens),
+            local_text_tokens=local_text_tokens,
+            local_text_mask=local_text_mask,
+            logit_scale=self.clip.logit_scale.exp(),
+        )
+
+    def text_encoder(self) -> CLIPTextModel:
+        """A copy of the text tower as a stock model: what Stable Diffusion loads."""
+        config = type(self.config.clip_config.text_config).from_dict(self.config.clip_config.text_config.to_dict())
+        encoder = CLIPTextModel(config).to(self.dtype)
+        own = {name.removeprefix("text_model."): tensor for name, tensor in self.clip.text_model.state_dict().items()}
+        encoder.load_state_dict({name: own[name.removeprefix("text_model.")] for name in encoder.state_dict()})
+        return encoder.eval()
+
+
+def load_clip(
+    source: str | Path, *, max_length: int | None = None, **options: Any
+) -> tuple[FineLIPModel, CLIPTokenizer, CLIPImageProcessor]:
+    """Loads a CLIP, or a saved `FineLIPModel`, with what prepares its input.
+
+    Args:
+        source: A folder or hub id of `FineLIPModel.save_pretrained`, or whatever `FineLIPModel.from_clip` takes.
+        max_length: Tokens that a CLIP's text tower shall read; None keeps the table's rows.
+        options: Of `FineLIPModel.from_clip`. A saved `FineLIPModel` follows its own configuration where they say
+            nothing; refinement that it does not have is drawn anew.
+
+    Returns:
+        Model, tokenizer, and image processor: the source's own, or CLIP's at the size that the model reads.
+
+    Raises:
+        ValueError: If there is no such model. One sentence.
+    """
+    hub: dict[str, Any] = {
+        name: options[name] for name in ("revision", "token", "local_files_only") if name in options
+    }
+    file, folder, config = locate(source, options.get("subfolder"), hub)
+    if config is not None and config.get("model_type") == FineLIPConfig.model_type:
+        rows = FineLIPConfig.from_dict(config).clip_config.text_config.max_position_embeddings
+        if max_length not in (None, rows):
+            raise ValueError(f"{folder} reads {rows} tokens, not max_length={max_length}: leave max_length out.")
+        own = {name: value for name, value in options.items() if name not in (*hub, "subfolder", "hidden_act")}
+        model = FineLIPModel.from_pretrained(folder, **own).eval()
+    else:
+        model = FineLIPModel.from_clip(source, max_length=max_length, **options)
+    text, size = model.config.clip_config.text_config, model.config.clip_config.vision_config.image_size
+    tokenizer = _tokenizer(None, folder, text.max_position_embeddings, None, text.vocab_size, str(file))
+    if folder is not None and (folder / "preprocessor_config.json").is_file():
+        return model, tokenizer, CLIPImageProcessor.from_pretrained(folder)
+    crop = {"height": size, "width": size}
+    return model, tokenizer, CLIPImageProcessor(size={"shortest_edge": size}, crop_size=crop)
