@@ -1,0 +1,183 @@
+"""From a batch to a loss: what a recipe's terms need is encoded, gathered from all processes, and compared."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from .model import FineLIPModel, last_tokens
+from .recipes import Recipe
+from .refinement import AttentionPooling, TokenRefinement
+
+SIGMOID_BIAS = -10.0  # where SigLIP's bias starts
+HEADS: dict[str, Callable[[int, int], nn.Module | nn.Parameter]] = {
+    "aggregation": TokenRefinement,
+    "pooling": lambda width, _: AttentionPooling(width),
+    "logit_bias": lambda *_: nn.Parameter(torch.tensor(SIGMOID_BIAS)),
+}
+"""What a loss may name beside representations: modules with parameters of their own, of (width, tokens)."""
+
+Representations = dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """The loss of a recipe; holds the heads that its terms need."""
+
+    def __init__(self, recipe: Recipe, width: int, num_refined_tokens: int):
+        """Args: the recipe; the width of projected tokens, E; the number of tokens that refinement leaves, K."""
+        super().__init__()
+        self.recipe = recipe
+        self.names = {name for term in recipe.terms.values() for name in term.reads}
+        for name in sorted(self.names & HEADS.keys()):
+            setattr(self, name, HEADS[name](width, num_refined_tokens))
+
+    @property
+    def needs(self) -> set[str]:
+        """Names of the representations that the terms compare."""
+        return {"image_ids" if name == "same" else name for name in self.names - HEADS.keys()}
+
+    def forward(self, representations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weighted terms by name; their sum is the loss."""
+        values: dict[str, Any] = dict(representations)
+        values |= {name: getattr(self, name) for name in self.names & HEADS.keys()}
+        if "same" in self.names:
+            ids = representations["image_ids"]
+            values["same"] = ids[:, None] == ids
+        terms = {}
+        for term in self.recipe.terms.values():
+            terms[term.name] = term.weight * term.function(*(values[name] for name in term.reads), **term.settings)
+        return terms
+
+
+class TrainingStep(nn.Module):
+    """Model and objective as one module, so that whatever wraps it for several devices sees one forward."""
+
+    def __init__(
+        self,
+        model: FineLIPModel,
+        objective: Objective,
+        teacher: CLIPModel | None = None,
+        gather: Callable[[Representations], Representations] = dict,
+    ):
+        """Puts the parts together.
+
+        Args:
+            model: what is trained.
+            objective: what for.
+            teacher: the stock CLIP, frozen, for recipes that preserve its latent space.
+            gather: joins the representations of all processes, with gradients.
+        """
+        super().__init__()
+        self.model, self.objective, self.gather = model, objective, gather
+        self._teacher = [teacher]  # in a list: no part of the state, nor of what is trained
+
+    def encode(self, batch: Mapping[str, Tensor]) -> Representations:
+        """The representations that the objective needs of a batch of `data.Collator`."""
+        model, needs = self.model, self.objective.needs
+        found: Representations = {"logit_scale": model.clip.logit_scale.exp(), "image_ids": batch["image_ids"]}
+        if needs & {"image_embeds", "image_tokens", "local_image_tokens"}:
+            frozen = not model.clip.visual_projection.weight.requires_grad
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                found["image_embeds"], found["image_tokens"] = model.encode_image(batch["pixel_values"])
+            if "local_image_tokens" in needs:
+                found["local_image_tokens"] = model.local_image(found["image_tokens"])
+        if needs & {"text_embeds", "text_tokens", "text_mask", "local_text_tokens", "local_text_mask"}:
+            text = model.encode_text(batch["input_ids"], batch["attention_mask"])
+            found["text_embeds"], found["text_tokens"], found["text_mask"] = text
+            if "local_text_tokens" in needs:
+                found["local_text_tokens"], found["local_text_mask"] = model.local_text(*text[1:])
+        if "short_embeds" in needs:
+            found["short_embeds"] = model.encode_text(batch["short_ids"], batch["short_mask"])[0]
+        if "sub_embeds" in needs:
+            ids, mask = batch["sub_ids"].flatten(0, 1), batch["sub_mask"].flatten(0, 1)
+            embeds = last_tokens(model.encode_text(ids, mask)[1], mask)
+            found["sub_embeds"] = embeds.unflatten(0, batch["sub_ids"].shape[:2])  # (B S, E) -> (B, S, E)
+            found["sub_spans"] = batch["sub_spans"]
+        if any(name.startswith("kept_") for name in needs):
+            found |= _kept(model.clip, batch, "kept_")
+            found["kept_mask"] = batch["kept_mask"]
+        if any(name.startswith("teacher_") for name in needs):
+            (teacher,) = self._teacher
+            assert teacher is not None, "a recipe that preserves needs the stock CLIP"
+            with torch.no_grad():
+                found |= _kept(teacher, batch, "teacher_kept_")
+                if "teacher_image_embeds" in needs:
+                    embeds = teacher.visual_projection(teacher.vision_model(batch["pixel_values"]).pooler_output)
+                    found["teacher_image_embeds"] = F.normalize(embeds, dim=-1)
+        return {name: tensor for name, tensor in found.items() if name in needs}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Terms of the loss by name, of the joint batch of all processes."""
+        return self.objective(self.gather(self.encode(batch)))
+
+
+def _kept(clip: CLIPModel, batch: Mapping[str, Tensor], prefix: str) -> Representations:
+    """States and embeddings of the prompts that fit a stock encoder."""
+    output = clip.text_model(batch["kept_ids"], output_hidden_states=True)
+    ends = last_tokens(output.last_hidden_state, batch["kept_mask"])
+    return {
+        f"{prefix}states": output.last_hidden_state,
+        f"{prefix}penultimate": output.hidden_states[-2],
+        f"{prefix}embeds": F.normalize(clip.text_projection(ends), dim=-1),
+    }
+
+
+def cached_backward(
+    step: TrainingStep,
+    batch: Mapping[str, Tensor],
+    micro_batch_size: int,
+    backward: Callable[[Tensor], None],
+    scale: float = 1.0,
+) -> dict[str, Tensor]:
+    """Gradients of the whole batch in the memory of a small one (GradCache, arXiv 2101.06983).
+
+    The batch is encoded in parts without gradients; the loss of the whole gives the gradient of each representation;
+    each part is encoded again and handed its share. The gradients equal the plain step's.
+
+    Args:
+        step: the step, not wrapped.
+        batch: of B examples.
+        micro_batch_size: examples encoded at once.
+        backward: of the loss; `Tensor.backward`, or accelerate's.
+        scale: factor of the loss.
+
+    Returns:
+        The terms of the loss, without gradients.
+    """
+    parts = [
+        {name: tensor[first : first + micro_batch_size] for name, tensor in batch.items()}
+        for first in range(0, len(batch["image_ids"]), micro_batch_size)
+    ]
+    with torch.no_grad():
+        encoded = [step.encode(part) for part in parts]
+    whole = {name: _joined(part[name] for part in encoded) for name in encoded[0]}
+    trained = [name for name in whole if whole[name].is_floating_point() and not name.startswith("teacher_")]
+    for name in trained:
+        whole[name].requires_grad_(True)
+    terms = step.objective(step.gather(whole))
+    backward(scale * torch.stack(list(terms.values())).sum())
+    first = 0
+    for part in parts:
+        again, count = step.encode(part), len(part["image_ids"])
+        handed, gradients = [], []
+        for name in trained:
+            gradient = whole[name].grad
+            if gradient is None or not again[name].requires_grad:
+                continue
+            if gradient.ndim:
+                gradient = gradient[first : first + count]
+            elif first:  # a scalar has its gradient once
+                continue
+            handed.append(again[name])
+            gradients.append(gradient)
+        torch.autograd.backward(handed, gradients)
+        first += count
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def _joined(tensors: Iterable[Tensor]) -> Tensor:
+    parts = list(tensors)
+    return torch.cat(parts) if parts[0].ndim else parts[0].clone()

@@ -1,0 +1,194 @@
+"""A recipe: which captions, which losses, which parameters make a long-text encoder. Data, read from YAML."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from . import losses, preservation
+
+CaptionKind = Literal["full", "first_sentence", "debias", "sub_captions"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss: a function of `losses` or `preservation`, its weight and its settings.
+
+    Attributes:
+        name: of the function.
+        weight: factor of its value in the sum.
+        settings: its keyword-only parameters.
+        function: the function itself.
+    """
+
+    name: str
+    weight: float
+    settings: dict[str, Any]
+    function: Callable[..., Tensor]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What the function compares: its positional parameters name representations and heads."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a long-text encoder is trained. A loss is `none`, a name, or `{name: {setting: value}}`.
+
+    Attributes:
+        name: of the recipe.
+        description: where it comes from, and what is known of its results.
+        position: how the position table is stretched; `kps`, knowledge-preserved stretching.
+        captions: what is read beside the whole caption: nothing more (`full`), its `first_sentence`, sentences drawn
+            without the first (`debias`), runs of sentences (`sub_captions`).
+        num_sub_captions: runs of sentences for a caption.
+        longest_sub_caption: sentences in a run, at most.
+        global_loss: of the embeddings of image and caption.
+        coarse: of a coarse image embedding and the short caption.
+        local_loss: of tokens.
+        preserve: keeps the stock latent space, on prompts that fit 77 tokens.
+        refine: whose tokens FineLIP's refinement condenses.
+        parameters: `full`, or `lora` (rank `lora_rank`; positions and heads are trained in full).
+        lora_rank: of the adapters.
+        image_tower: `trained` or `frozen`.
+        learning_rate: of the towers.
+        head_learning_rate: of what is drawn anew: refinement, pooling.
+        weight_decay: of AdamW; the position table is never decayed.
+        lr_warmup_steps: of both rates.
+        loss_warmup_epochs: over which the loss is scaled from 0 to 1.
+        logit_scale: where the factor of the cosines starts; none keeps the source's.
+    """
+
+    name: str
+    description: str = ""
+    position: Literal["kps"] = "kps"
+    captions: CaptionKind = "full"
+    num_sub_captions: int = 8
+    longest_sub_caption: int = 3
+    global_loss: Term | None = None
+    coarse: Term | None = None
+    local_loss: Term | None = None
+    preserve: Term | None = None
+    refine: tuple[Literal["image", "text"], ...] = ()
+    parameters: Literal["full", "lora"] = "full"
+    lora_rank: int = 16
+    image_tower: Literal["trained", "frozen"] = "trained"
+    learning_rate: float = 1e-6
+    head_learning_rate: float = 2e-4
+    weight_decay: float = 0.01
+    lr_warmup_steps: int = 200
+    loss_warmup_epochs: float = 0.0
+    logit_scale: float | None = None
+    resolved: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        """The terms that there are, by the recipe's key."""
+        named = {key: getattr(self, key) for key in _LOSSES}
+        return {key: term for key, term in named.items() if term is not None}
+
+
+_LOSSES: dict[str, ModuleType] = {
+    "global_loss": losses, "coarse": losses, "local_loss": losses, "preserve": preservation
+}  # fmt: skip
+_CHOICES = {
+    "position": ("kps",),
+    "captions": get_args(CaptionKind),
+    "parameters": ("full", "lora"),
+    "image_tower": ("trained", "frozen"),
+}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        path: A YAML file.
+
+    Raises:
+        ValueError: If the file is missing, no YAML, or no recipe. One sentence, with what may stand there.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        others = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
+        raise ValueError(f"there is no recipe {path.stem!r}; beside it are: {others}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no readable YAML file ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds no recipe: a mapping of keys, such as `local_loss: finelip`, must stand there."
+        )
+    return make_recipe(path.stem, content, str(path))
+
+
+def make_recipe(name: str, content: Mapping[str, Any], where: str = "the recipe") -> Recipe:
+    """Makes a recipe of plain data.
+
+    Raises:
+        ValueError: For an unknown key, value, loss or setting. One sentence.
+    """
+    known = {entry.name: entry for entry in fields(Recipe) if entry.name not in ("name", "resolved")}
+    if unknown := sorted(content.keys() - known.keys()):
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}: choose among {', '.join(known)}.")
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        if key in _LOSSES:
+            values[key] = _term(value, _LOSSES[key], f"{where}, {key}")
+        elif key in _CHOICES and value not in _CHOICES[key]:
+            raise ValueError(f"{where}: {key} is {value!r}, not one of {', '.join(_CHOICES[key])}.")
+        elif key == "refine":
+            values[key] = tuple(value or ())
+            if wrong := [part for part in values[key] if part not in ("image", "text")]:
+                raise ValueError(f"{where}: refine holds {wrong[0]!r}, not image or text.")
+        elif value is None or key in _CHOICES or key == "description":
+            values[key] = value
+        else:
+            wanted = float if "float" in str(known[key].type) else int
+            try:
+                values[key] = wanted(value)
+            except (TypeError, ValueError):
+                raise ValueError(f"{where}: {key} is {value!r}, not a number.") from None
+            if values[key] < 0:
+                raise ValueError(f"{where}: {key} is {value}, but cannot be negative.")
+    recipe = Recipe(name=name, resolved=dict(content), **values)
+    if not recipe.terms:
+        raise ValueError(f"{where} has no loss: give global_loss, local_loss, or another of {', '.join(_LOSSES)}.")
+    for term in recipe.terms.values():
+        for need, kinds in (("short_embeds", ("first_sentence", "debias")), ("sub_embeds", ("sub_captions",))):
+            if need in term.reads and recipe.captions not in kinds:
+                raise ValueError(
+                    f"{where}: {term.name} compares {need}, which captions: {recipe.captions} does not draw; "
+                    f"choose captions: {' or '.join(kinds)}."
+                )
+    return recipe
+
+
+def _term(value: Any, module: ModuleType, where: str) -> Term | None:
+    if value in (None, "none"):
+        return None
+    name, settings = value, dict[str, Any]()
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((name, settings),) = value.items()
+        settings = dict(settings or {})
+    functions = {
+        key: function
+        for key, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and not key.startswith("_") and not key.endswith("_loss")
+    }
+    if name not in functions:
+        raise ValueError(f"{where} is {value!r}, not none or one of {', '.join(sorted(functions))}.")
+    weight = float(settings.pop("weight", 1.0))
+    parameters = inspect.signature(functions[name]).parameters.values()
+    allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    if unknown := sorted(settings.keys() - set(allowed)):
+        raise ValueError(f"{where}: {name} has no setting {unknown[0]!r}; it has {', '.join(['weight', *allowed])}.")
+    return Term(name, weight, settings, functions[name])

@@ -1,0 +1,219 @@
+"""From a batch of scenes to gradients: every recipe trains what it says, and in parts as it does at once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from finelip_diffusion.batches import Collator
+from finelip_diffusion.data import ScenesDataset
+from finelip_diffusion.model import FineLIPConfig, FineLIPModel
+from finelip_diffusion.objective import HEADS, SIGMOID_BIAS, Objective, TrainingStep, cached_backward
+from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.recipes import Recipe, make_recipe
+from finelip_diffusion.refinement import AttentionPooling, TokenRefinement
+
+FOLDER = Path(__file__).resolve().parents[1] / "train" / "recipes"
+B, E = 7, 16
+SCENES = [0, 1, 2, 8, 8, 9, 16]  # near-duplicates, and two captions of one image
+POSITIONS = "model.clip.text_model.embeddings.position_embedding.weight"
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONTENTS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))}
+CONTENTS |= {  # losses that no preset has
+    "sigmoid": {"global_loss": "sigmoid"},
+    "hycd": {"local_loss": "filip", "preserve": "hycd"},
+    "affinity": {"local_loss": "filip", "preserve": "affinity"},
+    "proclip": {"global_loss": "infonce", "preserve": "proclip"},
+    "lwf": {"global_loss": "infonce", "preserve": "lwf"},
+}
+every_recipe = pytest.mark.parametrize("name", CONTENTS)
+
+
+def recipe_of(name: str) -> Recipe:
+    """As in its file, but for principal components, of which a small batch has few."""
+    content: dict[str, Any] = {**CONTENTS[name]}
+    if "coarse" in content:
+        content["coarse"] = {"pca_image": {**content["coarse"]["pca_image"], "components": 3}}
+    return make_recipe(name, content)
+
+
+def make_step(name: str, dtype: torch.dtype = torch.float64) -> TrainingStep:
+    """A tiny model of random weights, its objective, and a teacher of other weights."""
+    recipe = recipe_of(name)
+    text = TOWER | {"vocab_size": 2098, "bos_token_id": 2096, "eos_token_id": 2097, "pad_token_id": 2097}
+    vision = TOWER | {"image_size": 32, "patch_size": 8}
+
+    def config(length: int) -> CLIPConfig:
+        long = text | {"max_position_embeddings": length, "initializer_factor": 3.0}
+        return CLIPConfig(text_config=long, vision_config=vision | {"initializer_factor": 3.0}, projection_dim=E)
+
+    torch.manual_seed(0)
+    parts = {f"refine_{part}": part in recipe.refine for part in ("image", "text")}
+    model = FineLIPModel(FineLIPConfig(config(248), **parts))
+    objective = Objective(recipe, E, model.config.num_refined_tokens)
+    teacher = CLIPModel(config(77)).requires_grad_(False).to(dtype)
+    return TrainingStep(model, objective, teacher).to(dtype).train()
+
+
+@pytest.fixture(scope="module")
+def batch_for() -> Callable[..., dict[str, Tensor]]:
+    """Makes the batch that a recipe asks for, of real scenes and captions."""
+    dataset = ScenesDataset("train", num_scenes=24)
+    examples = [dataset[index, draw] for draw, index in enumerate(SCENES)]
+    tokenizer = CLIPTokenizer.from_pretrained(BUNDLED_MODEL, subfolder="tokenizer")
+    size = {"height": 32, "width": 32}
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
+
+    def make(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        recipe = recipe_of(name)
+        kept: Any = None if recipe.preserve is None else "random" if name == "lwf" else "short"
+        collator = Collator(
+            tokenizer, processor, recipe.captions, recipe.num_sub_captions, recipe.longest_sub_caption, kept
+        )
+        batch = {key: value for key, value in collator(examples).items() if isinstance(value, Tensor)}
+        return batch | {"pixel_values": batch["pixel_values"].to(dtype)}
+
+    return make
+
+
+def total(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+# --- what is encoded, and what is trained ---------------------------------------------------------------------------
+
+
+@every_recipe
+def test_a_step_trains_what_the_recipe_says_and_nothing_else(name: str, batch_for: Any) -> None:
+    step, batch = make_step(name), batch_for(name)
+    recipe, objective = step.objective.recipe, step.objective
+    assert step.encode(batch).keys() == objective.needs
+    terms = step(batch)
+    assert terms.keys() == {term.name for term in recipe.terms.values()}
+    assert all(value.ndim == 0 and value.isfinite() and value > 0 for value in terms.values())
+    total(terms).backward()
+
+    named = dict(step.named_parameters())
+    kinds = {parameter.split(".")[0] for parameter in named}
+    assert kinds == {"model"} | ({"objective"} if objective.names & HEADS.keys() else set())
+    for part in ("image", "text"):
+        assert any(f"{part}_refinement" in parameter for parameter in named) == (part in recipe.refine)
+    scaled = {"infonce", "sigmoid", "pca_image", "filip", "sparc", "flair"} & terms.keys()
+    scaled |= {term.name for term in recipe.terms.values() if term.settings.get("objective") == "infonce"}
+    for parameter, tensor in named.items():
+        if parameter == "model.clip.logit_scale" and not scaled:
+            assert tensor.grad is None or tensor.grad == 0
+            continue
+        assert tensor.grad is not None and tensor.grad.isfinite().all(), parameter
+        # A bias that shifts all logits of a softmax alike has no effect: its gradient is rounding.
+        assert tensor.grad.any() or parameter.endswith(("k_proj.bias", "weigh.3.bias")), parameter
+    positions: Any = named[POSITIONS].grad
+    assert not positions[:20].any() and positions[20:40].any(1).all()
+    teacher: Any = step._teacher[0]
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not any(key.startswith("_teacher") for key in step.state_dict())
+
+
+@pytest.mark.parametrize("name", ["finelip", "kps_infonce", "long_clip", "laps", "flair", "finelip_preserve"])
+def test_a_frozen_image_tower_gets_no_gradient(name: str, batch_for: Any) -> None:
+    step, batch = make_step(name), batch_for(name)
+    clip = step.model.clip
+    frozen = [*clip.vision_model.parameters(), *clip.visual_projection.parameters()]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    for backward in (lambda: total(step(batch)).backward(), lambda: cached_backward(step, batch, 3, Tensor.backward)):
+        step.zero_grad()
+        backward()
+        assert all(parameter.grad is None for parameter in frozen)
+        trained = {key: tensor.grad for key, tensor in step.named_parameters() if tensor.requires_grad}
+        trained.pop("model.clip.logit_scale")
+        assert all(gradient is not None for gradient in trained.values())
+
+
+def test_heads_are_made_where_a_loss_names_them() -> None:
+    def heads(name: str) -> Any:
+        return Objective(recipe_of(name), width=512, num_refined_tokens=39)
+
+    assert not list(heads("finelip").parameters())
+    aggregation = heads("laps").aggregation
+    assert isinstance(aggregation, TokenRefinement) and aggregation.weigh[-1].out_features == 39
+    flair = heads("flair")
+    assert isinstance(flair.pooling, AttentionPooling) and flair.pooling.attention.num_heads == 8
+    assert flair.logit_bias.item() == SIGMOID_BIAS and not hasattr(flair, "aggregation")
+
+
+def test_weights_and_settings_reach_the_loss(batch_for: Any) -> None:
+    step, batch = make_step("kps_infonce"), batch_for("kps_infonce")
+    once = step(batch)["infonce"]
+    step.objective.recipe = make_recipe("twice", {"global_loss": {"infonce": {"weight": 2}}})
+    torch.testing.assert_close(step(batch)["infonce"], 2 * once, rtol=1e-12, atol=0)
+    step.objective.recipe = make_recipe("plain", {"global_loss": {"infonce": {"label_smoothing": 0}}})
+    assert step(batch)["infonce"] != once
+
+
+def test_captions_of_one_image_are_no_negatives(batch_for: Any) -> None:
+    """The fourth and fifth caption are of one image: without its other caption the hinge has fewer terms."""
+    step, batch = make_step("finelip"), batch_for("finelip")
+    assert batch["image_ids"][3] == batch["image_ids"][4] and len(batch["image_ids"].unique()) == B - 1
+    apart = batch | {"image_ids": torch.arange(B)}
+    assert total(step(batch)) < total(step(apart))
+
+
+# --- in parts -------------------------------------------------------------------------------------------------------
+
+
+def gradients(step: TrainingStep) -> dict[str, Tensor]:
+    found = {name: parameter.grad for name, parameter in step.named_parameters() if parameter.grad is not None}
+    step.zero_grad()
+    return found
+
+
+@every_recipe
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_cached_gradients_equal_the_plain_step(
+    name: str, dtype: torch.dtype, tolerance: float, batch_for: Any
+) -> None:
+    """To rounding, relative to the largest gradient: the same sums in another order."""
+    step, batch = make_step(name, dtype), batch_for(name, dtype)
+    terms = step(batch)
+    total(terms).backward()
+    expected = gradients(step)
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for micro_batch_size in (1, 3, B) if dtype == torch.float64 else (3,):
+        cached = cached_backward(step, batch, micro_batch_size, Tensor.backward)
+        assert not any(value.requires_grad for value in cached.values())
+        for key, value in terms.items():
+            torch.testing.assert_close(cached[key], value.detach(), rtol=tolerance, atol=0)
+        found = gradients(step)
+        assert found.keys() == expected.keys()
+        for key, gradient in found.items():
+            assert (gradient - expected[key]).abs().max() <= tolerance * largest, key
+
+
+def test_cached_gradients_are_scaled(batch_for: Any) -> None:
+    step, batch = make_step("infonce"), batch_for("infonce")
+    terms = cached_backward(step, batch, 3, Tensor.backward)
+    once = gradients(step)
+    again = cached_backward(step, batch, 3, Tensor.backward, scale=0.25)
+    assert torch.equal(terms["finelip"], again["finelip"])
+    for key, gradient in gradients(step).items():
+        torch.testing.assert_close(gradient, once[key] / 4, rtol=1e-9, atol=1e-12)
+
+
+def test_cached_gradients_hold_one_part_at_a_time(batch_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, batch = make_step("finelip"), batch_for("finelip")
+    sizes = []
+    encode = step.encode
+
+    def watched(part: dict[str, Tensor]) -> dict[str, Tensor]:
+        sizes.append((len(part["input_ids"]), torch.is_grad_enabled()))
+        return encode(part)
+
+    monkeypatch.setattr(step, "encode", watched)
+    cached_backward(step, batch, 3, Tensor.backward)
+    assert sizes == [(3, False), (3, False), (1, False), (3, True), (3, True), (1, True)]

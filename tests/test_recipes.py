@@ -1,0 +1,197 @@
+"""Recipes: every preset is read, every mistake is one sentence, and a new loss is one function."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from finelip_diffusion import losses
+from finelip_diffusion.model import FineLIPOutput
+from finelip_diffusion.objective import HEADS, Objective
+from finelip_diffusion.recipes import Recipe, make_recipe, read_recipe
+
+FOLDER = Path(__file__).resolve().parents[1] / "train" / "recipes"
+PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+FURTHER = {  # what losses may name beside the model's output and heads
+    "same", "short_embeds", "sub_embeds", "sub_spans", "kept_embeds", "kept_states", "kept_penultimate", "kept_mask",
+    "teacher_kept_embeds", "teacher_kept_states", "teacher_kept_penultimate", "teacher_image_embeds",
+}  # fmt: skip
+LOSSES = {
+    "global_loss": ["infonce", "sigmoid"],
+    "coarse": ["pca_image"],
+    "local_loss": ["finelip", "filip", "sparc", "laps", "flair", "goal_text_span"],
+    "preserve": ["token", "hycd", "affinity", "proclip", "lwf"],
+}
+CAPTIONS = {"pca_image": "debias", "flair": "sub_captions", "goal_text_span": "sub_captions"}
+
+
+def content(name: str) -> dict[str, Any]:
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+# --- presets --------------------------------------------------------------------------------------------------------
+
+
+def test_the_presets_are_there() -> None:
+    wanted = "finelip no_atrm no_clim visual_only infonce kps_infonce long_clip debias filip sparc laps flair goal"
+    assert set(PRESETS) >= {*wanted.split(), "finelip_preserve"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_read(name: str) -> None:
+    recipe = read_recipe(FOLDER / f"{name}.yaml")
+    assert recipe.name == name and recipe.description and recipe.terms
+    assert recipe.resolved == content(name)
+    assert recipe.learning_rate == 1e-6 and recipe.logit_scale is not None
+
+
+def test_finelip_is_as_published() -> None:
+    """The numbers of the authors' training script."""
+    recipe = read_recipe(FOLDER / "finelip.yaml")
+    ((key, term),) = recipe.terms.items()
+    assert (key, term.name, term.weight, term.function) == ("local_loss", "finelip", 1.0, losses.finelip)
+    assert term.settings == {"interaction": "clim", "objective": "triplet", "margin": 0.2}
+    assert (recipe.position, recipe.captions, recipe.refine) == ("kps", "full", ("image", "text"))
+    assert (recipe.parameters, recipe.image_tower, recipe.logit_scale) == ("full", "trained", 100)
+    assert (recipe.learning_rate, recipe.head_learning_rate, recipe.weight_decay) == (1e-6, 2e-4, 0.01)
+    assert (recipe.lr_warmup_steps, recipe.loss_warmup_epochs) == (200, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("no_atrm", {"refine": []}),
+        ("visual_only", {"refine": ["image"]}),
+        ("no_clim", {"local_loss": {"finelip": {"interaction": "mean", "objective": "triplet", "margin": 0.2}}}),
+        ("infonce", {"local_loss": {"finelip": {"interaction": "clim", "objective": "infonce"}}}),
+    ],
+)
+def test_an_ablation_changes_one_thing(name: str, changed: dict[str, Any]) -> None:
+    ablation = content(name)
+    expected = content("finelip") | changed | {"description": ablation["description"]}
+    assert ablation == expected
+
+
+def test_finelip_preserve_adds_one_term() -> None:
+    ours, finelip = content("finelip_preserve"), content("finelip")
+    assert list(ours.pop("preserve")) == ["token"]
+    assert ours | {"description": ""} == finelip | {"description": ""}
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("key", "name"), [(key, name) for key, names in LOSSES.items() for name in names])
+def test_a_loss_reads_what_there_is(key: str, name: str) -> None:
+    recipe = make_recipe("one", {key: name, "captions": CAPTIONS.get(name, "full")})
+    ((found, term),) = recipe.terms.items()
+    assert (found, term.name, term.weight, term.settings) == (key, name, 1.0, {})
+    assert set(term.reads) <= {field.name for field in fields(FineLIPOutput)} | FURTHER | HEADS.keys()
+    assert not set(term.reads) & {"margin", "label_smoothing", "keep", "components"}
+
+
+def test_weight_and_settings() -> None:
+    recipe = make_recipe("one", {"local_loss": {"finelip": {"weight": 0.5, "margin": 0.1}}, "preserve": "none"})
+    (term,) = recipe.terms.values()
+    assert (term.weight, term.settings) == (0.5, {"margin": 0.1})
+    assert recipe.preserve is None
+    assert (
+        make_recipe("one", {"local_loss": {"filip": None}}).local_loss
+        == make_recipe("one", {"local_loss": "filip"}).local_loss
+    )
+
+
+def test_numbers_may_be_written_as_text() -> None:
+    """YAML reads 1e-6, without a point, as text."""
+    assert make_recipe("one", {"local_loss": "filip", "learning_rate": "1e-6"}).learning_rate == 1e-6
+
+
+def test_a_new_loss_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cosine(image_embeds: Tensor, text_embeds: Tensor, logit_bias: Tensor, *, power: float = 1.0) -> Tensor:
+        return (1 - (image_embeds * text_embeds).sum(-1)).pow(power).sum() + 0 * logit_bias
+
+    cosine.__module__ = losses.__name__  # as if it stood there
+    monkeypatch.setattr(losses, "cosine", cosine, raising=False)
+    recipe = make_recipe("mine", {"global_loss": {"cosine": {"power": 2, "weight": 3}}, "local_loss": "filip"})
+    objective = Objective(recipe, width=2, num_refined_tokens=1)
+    assert objective.needs >= {"image_embeds", "text_embeds", "image_tokens"}
+    assert [name for name, _ in objective.named_parameters()] == ["logit_bias"]
+    tokens, ids = torch.eye(2).expand(2, 2, 2), torch.arange(2)
+    embeds = {"image_embeds": torch.eye(2), "text_embeds": torch.eye(2).flip(0), "image_tokens": tokens}
+    rest = {"text_tokens": tokens, "text_mask": torch.ones(2, 2, dtype=torch.bool), "logit_scale": torch.ones(())}
+    terms = objective(embeds | rest | {"image_ids": ids})
+    assert terms.keys() == {"cosine", "filip"} and terms["cosine"] == 3 * (1 + 1)
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def assert_one_sentence(sentence: str, function: Any, *args: Any) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        function(*args)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"learning_rat": 1}, "the unknown key 'learning_rat': choose among description, position, captions"),
+        ({"name": "mine"}, "unknown key 'name'"),
+        ({"local_loss": "fineclip"}, "local_loss is 'fineclip', not none or one of filip, finelip, flair"),
+        ({"local_loss": "token"}, "local_loss is 'token', not none or one of"),
+        ({"local_loss": "triplet_margin_loss"}, "is 'triplet_margin_loss', not none or one of"),
+        ({"local_loss": "_valid"}, "is '_valid', not none or one of"),
+        ({"local_loss": "late_interaction"}, "is 'late_interaction', not none or one of"),
+        ({"preserve": "finelip"}, "preserve is 'finelip', not none or one of affinity, hycd, lwf, proclip, token"),
+        ({"local_loss": 3}, "local_loss is 3, not none or one of"),
+        ({"local_loss": {"finelip": {"margn": 1}}}, "has no setting 'margn'; it has weight, interaction, objective"),
+        ({"local_loss": {"filip": {"logit_scale": 1}}}, "filip has no setting 'logit_scale'; it has weight"),
+        ({"local_loss": "none"}, "has no loss: give global_loss, local_loss"),
+        ({"position": "alibi"}, "position is 'alibi', not one of kps"),
+        ({"captions": "short"}, "captions is 'short', not one of full, first_sentence, debias, sub_captions"),
+        ({"captions": None}, "captions is None, not one of full"),
+        ({"parameters": "half"}, "parameters is 'half', not one of full, lora"),
+        ({"image_tower": "locked"}, "image_tower is 'locked', not one of trained, frozen"),
+        ({"refine": ["image", "video"]}, "refine holds 'video', not image or text"),
+        ({"coarse": "pca_image"}, "pca_image compares short_embeds, .* choose captions: first_sentence or debias"),
+        ({"local_loss": "flair"}, "flair compares sub_embeds, .* captions: full does not draw; .*: sub_captions"),
+        ({"local_loss": "flair", "captions": "debias"}, "flair compares sub_embeds"),
+        ({"coarse": "pca_image", "captions": "sub_captions"}, "pca_image compares short_embeds"),
+        ({"learning_rate": -1e-6}, "learning_rate is -1e-06, but"),
+        ({"lr_warmup_steps": -1}, "lr_warmup_steps is -1"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast', not a number"),
+        ({"lora_rank": [8]}, "lora_rank is .8., not a number"),
+    ],
+)
+def test_a_mistake_is_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    assert_one_sentence(f"the recipe.*{sentence}", make_recipe, "mine", {"local_loss": "finelip"} | change)
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("local_loss: finelip")
+    assert_one_sentence("no recipe 'absent'; beside it are: other", read_recipe, tmp_path / "absent.yaml")
+    assert_one_sentence("beside it are: none", read_recipe, tmp_path / "folder/absent.yaml")
+    for name, written in {
+        "broken.yaml": b"local_loss: {finelip: [",
+        "tag.yaml": b"local_loss: !!python/object/apply:os.getcwd []",
+        "latin.yaml": b"description: caf\xe9",
+    }.items():
+        (tmp_path / name).write_bytes(written)
+        assert_one_sentence(f"{name} is no readable YAML file", read_recipe, tmp_path / name)
+    assert_one_sentence("is no readable YAML file", read_recipe, tmp_path)
+    for text in ("", "finelip", "- finelip"):
+        (tmp_path / "list.yaml").write_text(text)
+        assert_one_sentence("list.yaml holds no recipe: a mapping of keys", read_recipe, tmp_path / "list.yaml")
+    (tmp_path / "typo.yaml").write_text("local_los: finelip")
+    assert_one_sentence("typo.yaml has the unknown key 'local_los'", read_recipe, tmp_path / "typo.yaml")
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    recipe = make_recipe("one", {"local_loss": "filip"})
+    assert isinstance(recipe, Recipe)
+    with pytest.raises(AttributeError):
+        recipe.learning_rate = 1.0  # type: ignore[misc]
