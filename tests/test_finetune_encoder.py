@@ -1,0 +1,220 @@
+"""The training script, run as a user runs it: on the bundled CLIP and scenes, killed, resumed, on two processes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from finelip_diffusion import FineLIPStableDiffusionPipeline
+from finelip_diffusion.model import FineLIPModel
+from finelip_diffusion.scenes import describe, render, sample_scene
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train" / "finetune_encoder.py"
+KILLS = int(os.environ.get("KILLS", "3"))
+SMALL = {  # four updates of sixteen pairs, with rates at which weights visibly move
+    "train_data": "scenes",
+    "num_scenes": 128,
+    "train_batch_size": 16,
+    "max_train_steps": 4,
+    "learning_rate": 1e-3,
+    "lr_warmup_steps": 1,
+    "checkpointing_steps": 2,
+    "num_validation_examples": 16,
+    "validation_steps": 100,
+    "report_to": "none",
+}
+
+
+def command(folder: Path, *launcher: str, **flags: object) -> list[str]:
+    given = SMALL | {"output_dir": folder} | flags
+    return [*(launcher or (sys.executable,)), str(SCRIPT), *(f"--{name}={value}" for name, value in given.items())]
+
+
+def train(folder: Path, *launcher: str, **flags: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(folder, *launcher, **flags), capture_output=True, text=True, timeout=280, check=False, cwd=ROOT
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "finelip_model" / "model.safetensors")
+
+
+def assert_close(one: Path, other: Path) -> None:
+    for (name, left), right in zip(weights(one).items(), weights(other).values(), strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(scope="module")
+def smooth(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Updates in proportion to gradients, which AdamW's are not where a gradient is nothing but rounding."""
+    folder = tmp_path_factory.mktemp("smooth")
+    done = train(folder, adam_epsilon=1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    stock = load_file(ROOT / "finelip_diffusion/bundled/text_encoder/model.safetensors")
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+    assert (weights(folder)[f"clip.{name}"] - stock[name].float()).abs().max() > 1e-4  # it trains
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("straight")
+    done = train(folder, report_to="tensorboard", validation_steps=4)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def test_it_leaves_what_a_pipeline_loads(straight: Path) -> None:
+    pipe = FineLIPStableDiffusionPipeline.from_pretrained(finelip=straight)
+    assert pipe.tokenizer.model_max_length == pipe.text_encoder.config.max_position_embeddings == 248
+    assert len(pipe("A red circle.", num_inference_steps=1).images) == 1
+    model = FineLIPModel.from_pretrained(straight / "finelip_model")
+    assert torch.equal(
+        model.text_encoder().state_dict()["embeddings.position_embedding.weight"],
+        pipe.text_encoder.state_dict()["embeddings.position_embedding.weight"],
+    )
+    assert yaml.safe_load((straight / "recipe.yaml").read_text())["learning_rate"] == 1e-3
+    figures = json.loads((straight / "training.json").read_text())["figures"]
+    assert 0 <= figures["whole/global/text_to_image/R@1"] <= 1
+    assert "R@1" in (straight / "README.md").read_text()
+    assert list((straight / "logs").rglob("events.*"))
+
+
+def test_weights_move_but_for_the_kept_positions(straight: Path) -> None:
+    table = weights(straight)["clip.text_model.embeddings.position_embedding.weight"]
+    stock = load_file(ROOT / "finelip_diffusion/bundled/text_encoder/model.safetensors")
+    stock_table = stock["text_model.embeddings.position_embedding.weight"].float()
+    assert torch.equal(table[:20], stock_table[:20])
+    assert not torch.equal(table[20], stock_table[20])
+
+
+def test_a_killed_run_ends_as_a_straight_one(straight: Path, tmp_path: Path) -> None:
+    """SIGKILL at any moment: each kill comes a random while after a checkpoint was begun or made."""
+    rng, folder = random.Random(0), tmp_path / "killed"
+    flags = {"resume_from_checkpoint": "latest", "checkpointing_steps": 1}
+    for _ in range(KILLS):
+        before = set(folder.glob("*"))
+        process = subprocess.Popen(command(folder, **flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and set(folder.glob("*")) <= before:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = train(folder, **flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, tensor in weights(straight).items():
+        assert torch.equal(tensor, weights(folder)[name]), name
+
+
+def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(straight: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(straight, tmp_path / "cut")
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "partial").mkdir()
+    (folder / "partial" / "model.safetensors").write_bytes(b"half")
+    done = train(folder, resume_from_checkpoint="latest", checkpoints_total_limit=1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"Going on from {folder / 'checkpoint-2'}" in done.stdout
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    for name, tensor in weights(straight).items():
+        assert torch.equal(tensor, weights(folder)[name]), name
+
+
+def test_two_processes_equal_one(smooth: Path, tmp_path: Path) -> None:
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "--num_machines=1")
+    port = ("--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={20000 + os.getpid() % 20000}")
+    done = train(tmp_path / "two", *launcher, *port, train_batch_size=8, adam_epsilon=1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_close(smooth, tmp_path / "two")
+
+
+def test_micro_batches_change_memory_alone(smooth: Path, tmp_path: Path) -> None:
+    done = train(tmp_path / "micro", micro_batch_size=5, adam_epsilon=1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_close(smooth, tmp_path / "micro")
+
+
+def test_adapters_are_merged(straight: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load((ROOT / "train/recipes/finelip.yaml").read_text())
+    file = tmp_path / "lora.yaml"
+    file.write_text(yaml.safe_dump(recipe | {"parameters": "lora", "image_tower": "frozen"}))
+    done = train(tmp_path / "lora", recipe=file, max_train_steps=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, start = (
+        weights(tmp_path / "lora"),
+        load_file(ROOT / "finelip_diffusion/bundled/clip/image_tower.safetensors"),
+    )
+    assert found.keys() == weights(straight).keys()
+    for name, tensor in start.items():
+        if name.startswith("vision_model"):
+            assert torch.equal(found[f"clip.{name}"], tensor.float()), name
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+    text = load_file(ROOT / "finelip_diffusion/bundled/text_encoder/model.safetensors")
+    assert not torch.equal(found[f"clip.{name}"], text[name].float())
+    assert torch.equal(
+        found["clip.text_model.final_layer_norm.weight"], text["text_model.final_layer_norm.weight"].float()
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imagefolder of forty scenes, one of them no image."""
+    folder = tmp_path_factory.mktemp("pictures")
+    with open(folder / "metadata.jsonl", "w") as file:
+        for number in range(40):
+            scene = sample_scene(number)
+            render(scene).save(folder / f"{number}.png")
+            file.write(json.dumps({"file_name": f"{number}.png", "text": str(describe(scene))}) + "\n")
+    (folder / "7.png").write_bytes(b"no image")
+    assert Image.open(folder / "8.png").size == (96, 96)
+    return folder
+
+
+def test_bad_examples_are_named_and_training_goes_on(pictures: Path, tmp_path: Path) -> None:
+    done = train(tmp_path, train_data=pictures, train_batch_size=8, max_train_steps=5, max_bad_fraction=0.1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (skip,) = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
+    assert "metadata.jsonl:8" in skip["name"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"recipe": "no_such"}, "there is no recipe 'no_such'; beside it are: debias, "),
+        ({"train_batch_size": 1}, "--train_batch_size is 1, but must be at least 2"),
+        ({"resume_from_checkpoint": "checkpoint-9"}, "is no checkpoint folder"),
+        ({"train_data": "no/such.json"}, "no/such.json"),
+        ({"pretrained_model_name_or_path": "no/such/folder"}, "no/such/folder"),
+    ],
+)  # fmt: skip
+def test_bad_flags_get_one_sentence(flags: dict[str, object], sentence: str, tmp_path: Path) -> None:
+    done = train(tmp_path, **flags)
+    assert done.returncode != 0
+    assert sentence in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_too_many_bad_examples_end_the_run(pictures: Path, tmp_path: Path) -> None:
+    done = train(tmp_path, train_data=pictures, train_batch_size=8, max_train_steps=5)
+    assert done.returncode != 0
+    assert "metadata.jsonl:8" in done.stderr.splitlines()[-1]
+
+
+def test_a_dry_run_says_what_it_would_do(tmp_path: Path) -> None:
+    done = train(tmp_path / "dry", dry_run=True, recipe="finelip_preserve")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for word in ("local_loss:", "positions and scale: 31,745", "lr 0.001", "weight decay 0\n", "heads:", "AdamW:"):
+        assert word in done.stdout
+    assert not (tmp_path / "dry").exists()

@@ -1,0 +1,609 @@
+"""Fine-tunes a CLIP on long captions, by a recipe, into a long-text encoder for Stable Diffusion.
+
+    accelerate launch train/finetune_encoder.py --recipe finelip --train_data scenes --output_dir runs/finelip \\
+        --train_batch_size 96 --learning_rate 5e-4 --max_train_steps 300 --checkpointing_steps 100
+
+    accelerate launch --config_file train/configs/ddp.yaml train/finetune_encoder.py --recipe finelip \\
+        --pretrained_model_name_or_path openai/clip-vit-large-patch14 --train_data data/sharegpt4v.json \\
+        --image_root data/images --output_dir runs/finelip-l14 --train_batch_size 64 --mixed_precision bf16
+
+`--output_dir` gets `text_encoder/` and `tokenizer/`, stock classes that a pipeline loads as `finelip=`; the whole
+model with its image tower in `finelip_model/`; the recipe as it was resolved; a model card with its figures.
+
+The batch of a step is a function of the seed and the step alone, and a checkpoint holds weights, optimiser, schedule
+and random states: a run that is killed and goes on with `--resume_from_checkpoint latest` ends with the weights of one
+that was not. docs/training.md has the rest.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from diffusers.optimization import get_scheduler
+from huggingface_hub import create_repo, upload_folder
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.run import main as torchrun
+from torch.utils.data import IterableDataset
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from finelip_diffusion import retrieval
+from finelip_diffusion.batches import Collator, make_loader
+from finelip_diffusion.data import SkipLog, open_dataset
+from finelip_diffusion.model import FineLIPConfig, FineLIPModel, load_clip
+from finelip_diffusion.objective import Objective, Representations, TrainingStep, cached_backward
+from finelip_diffusion.recipes import Recipe, read_recipe
+from finelip_diffusion.text_encoder import save_text_encoder
+
+RECIPES = Path(__file__).parent / "recipes"
+BUNDLED_CLIP = Path(retrieval.__file__).parent / "bundled" / "clip"
+MAX_LOGIT_SCALE = math.log(100)
+
+
+@dataclass
+class Arguments:
+    """Names follow diffusers' training examples. Where a default is none, the recipe decides."""
+
+    output_dir: Path = field(metadata={"help": "Where checkpoints, logs and the encoder are written."})
+    recipe: str = field(default="finelip", metadata={"help": "A name in train/recipes, or the path of a YAML file."})
+    pretrained_model_name_or_path: str = field(
+        default=str(BUNDLED_CLIP),
+        metadata={"help": "A CLIP: folder, hub id or file. By default the bundled 77-token CLIP of scenes."},
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub id."})
+    max_length: int = field(default=248, metadata={"help": "Tokens that the encoder shall read."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, ...; by default eager on a CPU, where it is the faster one."}
+    )
+
+    train_data: str = field(
+        default="scenes",
+        metadata={"help": "scenes, a folder, a JSON file, tar shards, or an id of datasets: docs/training.md."},
+    )
+    image_root: Path | None = field(default=None, metadata={"help": "What image paths in a JSON file start from."})
+    image_column: str | None = field(default=None, metadata={"help": "Of the image; by default image or file_name."})
+    caption_column: str | None = field(default=None, metadata={"help": "Of the caption; by default text or caption."})
+    num_scenes: int = field(default=40_000, metadata={"help": "Of --train_data scenes."})
+    max_bad_fraction: float = field(default=0.01, metadata={"help": "Share of unusable examples that ends the run."})
+    length_bucketing: bool = field(default=False, metadata={"help": "Put captions of like length into one batch."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read and decode."})
+
+    seed: int = field(default=0, metadata={"help": "Of heads, data order, captions."})
+    train_batch_size: int = field(default=64, metadata={"help": "Pairs a process; negatives come from all processes."})
+    micro_batch_size: int | None = field(
+        default=None, metadata={"help": "Encode so many pairs at once, with the gradients of the whole batch."}
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches whose gradients are averaged."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory, a third more time."})
+    num_train_epochs: int = field(default=6, metadata={"help": "Unless --max_train_steps says otherwise."})
+    max_train_steps: int | None = field(default=None, metadata={"help": "Updates of the weights."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Of the towers."})
+    head_learning_rate: float | None = field(default=None, metadata={"help": "Of what is drawn anew."})
+    scale_lr: bool = field(default=False, metadata={"help": "Multiply rates by processes, batch and accumulation."})
+    lr_scheduler: str = field(default="cosine", metadata={"help": "One of diffusers' schedules."})
+    lr_warmup_steps: int | None = field(default=None, metadata={"help": "Updates over which rates rise."})
+    loss_warmup_steps: int | None = field(default=None, metadata={"help": "Updates over which the loss rises."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first decay."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second decay."})
+    adam_weight_decay: float | None = field(default=None, metadata={"help": "Of all but positions."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Where gradients are clipped; 0 does not clip."})
+    mixed_precision: str | None = field(default=None, metadata={"help": "no, fp16 or bf16; by default accelerate's."})
+    allow_tf32: bool = field(default=False, metadata={"help": "Faster matrix products on Ampere and later."})
+
+    checkpointing_steps: int = field(default=500, metadata={"help": "Updates from one checkpoint to the next."})
+    checkpoints_total_limit: int | None = field(default=None, metadata={"help": "Checkpoints kept; older ones go."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "latest, or a checkpoint folder."})
+    validation_data: str | None = field(
+        default=None, metadata={"help": "As --train_data, held out; for scenes its own gallery of near-duplicates."}
+    )
+    validation_split: str = field(default="test", metadata={"help": "Of --validation_data, where it has splits."})
+    validation_steps: int = field(default=500, metadata={"help": "Updates from one validation to the next."})
+    num_validation_examples: int = field(default=512, metadata={"help": "Pairs in the gallery."})
+    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, comet_ml, all or none."})
+    logging_dir: str = field(default="logs", metadata={"help": "Below --output_dir."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the result."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "By default the name of --output_dir."})
+    hub_token: str | None = field(default=None, metadata={"help": "By default the stored one."})
+    dry_run: bool = field(default=False, metadata={"help": "Print recipe, parameters and memory, and stop."})
+
+    def __post_init__(self) -> None:
+        least = {"train_batch_size": 2, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "micro_batch_size": 1,
+                 "max_train_steps": 1, "checkpointing_steps": 1, "validation_steps": 1, "num_validation_examples": 8,
+                 "checkpoints_total_limit": 1}  # fmt: skip
+        for name, bound in least.items():
+            if (value := getattr(self, name)) is not None and value < bound:
+                raise ValueError(f"--{name} is {value}, but must be at least {bound}.")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"--max_bad_fraction is {self.max_bad_fraction}, but a share lies in 0..1.")
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def resolve_recipe(args: Arguments) -> Recipe:
+    """The recipe by its name or path; flags that were given win and are written back into `args`."""
+    path = Path(args.recipe)
+    recipe = read_recipe(path if path.suffix in (".yaml", ".yml") else RECIPES / f"{args.recipe}.yaml")
+    for flag, key in (
+        ("learning_rate", "learning_rate"),
+        ("head_learning_rate", "head_learning_rate"),
+        ("adam_weight_decay", "weight_decay"),
+        ("lr_warmup_steps", "lr_warmup_steps"),
+    ):
+        if getattr(args, flag) is None:
+            setattr(args, flag, getattr(recipe, key))
+        recipe.resolved[key] = getattr(args, flag)
+    return recipe
+
+
+def build_step(args: Arguments, recipe: Recipe, accelerator: Accelerator) -> tuple[TrainingStep, Any, Any]:
+    """Model, objective and teacher as one module; tokenizer; image processor."""
+    attention = args.attn_implementation or ("eager" if accelerator.device.type == "cpu" else "sdpa")
+    options: dict[str, Any] = {"attn_implementation": attention, "revision": args.revision}
+    model, tokenizer, image_processor = load_clip(
+        args.pretrained_model_name_or_path,
+        max_length=args.max_length,
+        refine_image="image" in recipe.refine,
+        refine_text="text" in recipe.refine,
+        **options,
+    )
+    if recipe.logit_scale is not None:
+        model.clip.logit_scale.data.fill_(math.log(recipe.logit_scale))
+    if args.gradient_checkpointing:
+        model.clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.image_tower == "frozen":
+        model.clip.vision_model.requires_grad_(False)
+        model.clip.visual_projection.requires_grad_(False)
+    if recipe.parameters == "lora":
+        add_lora(model, recipe.lora_rank)
+    objective = Objective(recipe, model.config.clip_config.projection_dim, model.config.num_refined_tokens)
+    teacher = None
+    if any(name.startswith("teacher_") for name in objective.needs):
+        teacher = load_clip(args.pretrained_model_name_or_path, **options)[0].clip.requires_grad_(False)
+        teacher.to(accelerator.device)
+    return TrainingStep(model.train(), objective, teacher, gather_with_gradients), tokenizer, image_processor
+
+
+def add_lora(model: FineLIPModel, rank: int) -> None:
+    """Low-rank adapters in every layer of the trained towers; all else but positions and scale is frozen."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    frozen = {id(weight) for weight in model.clip.parameters() if not weight.requires_grad}
+    targets = [
+        name
+        for name, module in model.clip.named_modules()
+        if name.split(".")[-1] in layers and id(module.weight) not in frozen
+    ]
+    model.clip.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), model.clip)
+    model.clip.text_model.embeddings.position_embedding.weight.requires_grad_(True)
+    model.clip.logit_scale.requires_grad_(True)
+
+
+def whole_model(state: dict[str, Tensor], config: FineLIPConfig) -> FineLIPModel:
+    """The model of a training step's state, the product of adapters added to the weights that they adapt."""
+    weights = {}
+    for name, tensor in state.items():
+        if name.startswith("model.") and ".lora_" not in name:
+            stem = name.removesuffix(".base_layer.weight")
+            if f"{stem}.lora_A.default.weight" in state:
+                tensor = tensor + state[f"{stem}.lora_B.default.weight"] @ state[f"{stem}.lora_A.default.weight"]
+            weights[name.removeprefix("model.").replace(".base_layer", "")] = tensor
+    model = FineLIPModel(config)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def parameter_groups(step: TrainingStep, args: Arguments, factor: float) -> list[dict[str, Any]]:
+    """What is trained, by rate and decay; the position table is not decayed, or its kept rows would shrink."""
+    groups: dict[str, dict[str, Any]] = {
+        "towers": {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay},
+        "positions and scale": {"lr": args.learning_rate, "weight_decay": 0.0},
+        "heads": {"lr": args.head_learning_rate, "weight_decay": args.adam_weight_decay},
+    }
+    for name, group in groups.items():
+        group |= {"name": name, "params": [], "lr": group["lr"] * factor}
+    for name, parameter in step.named_parameters():
+        if parameter.requires_grad:
+            kept = name.endswith(("text_model.embeddings.position_embedding.weight", "logit_scale"))
+            key = "positions and scale" if kept else "towers" if name.startswith("model.clip.") else "heads"
+            groups[key]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def memory_estimate(step: TrainingStep, args: Arguments) -> dict[str, float]:
+    """What a step keeps on a device, in MiB: exact for weights and optimiser, a rule of thumb for activations.
+
+    A transformer layer keeps about 34 bytes a token and channel in half precision, and 5 bytes for each pair of
+    positions and head (arXiv 2205.05198, section 4.1); a checkpointed one keeps 2 bytes a token and channel.
+    """
+    trained = sum(parameter.numel() for parameter in step.parameters() if parameter.requires_grad)
+    pairs, activations = args.micro_batch_size or args.train_batch_size, 0.0
+    clip = step.model.config.clip_config
+    vision = clip.vision_config
+    towers = [(clip.text_config, args.max_length), (vision, (vision.image_size // vision.patch_size) ** 2 + 1)]
+    for tower, length in towers:
+        layer = 34 * length * tower.hidden_size + 5 * tower.num_attention_heads * length**2
+        if args.gradient_checkpointing:
+            layer = 2 * length * tower.hidden_size
+        activations += pairs * layer * tower.num_hidden_layers
+    if args.mixed_precision in (None, "no"):
+        activations *= 2
+    parts = {
+        "weights": 4 * sum(parameter.numel() for parameter in step.parameters()),
+        "gradients": 4 * trained,
+        "AdamW": 8 * trained,
+        "activations (about)": activations,
+    }
+    return {name: size / 2**20 for name, size in parts.items()}
+
+
+def describe_run(step: TrainingStep, groups: list[dict[str, Any]], args: Arguments, recipe: Recipe) -> str:
+    """What `--dry_run` prints."""
+    lines = [f"recipe {recipe.name}", yaml.safe_dump(recipe.resolved, sort_keys=False).rstrip(), "", "parameters"]
+    for group in groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        lines.append(f"  {group['name']}: {count:,}, lr {group['lr']:g}, weight decay {group['weight_decay']:g}")
+    frozen = sum(parameter.numel() for parameter in step.parameters() if not parameter.requires_grad)
+    lines += [f"  frozen: {frozen:,}", "", f"memory of a process, {args.train_batch_size} pairs"]
+    lines += [f"  {name}: {size:,.0f} MiB" for name, size in memory_estimate(step, args).items()]
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def find_checkpoint(args: Arguments) -> Path | None:
+    """Where to go on from.
+
+    Raises:
+        ValueError: If the folder that was named is no checkpoint, or a new run would mix its own with older ones.
+    """
+    latest = max(args.output_dir.glob("checkpoint-*"), key=step_of, default=None)
+    if args.resume_from_checkpoint == "latest":
+        return latest
+    if args.resume_from_checkpoint is None and latest is not None:
+        raise ValueError(f"{latest} is there already: give --resume_from_checkpoint latest, or another --output_dir.")
+    if args.resume_from_checkpoint is None:
+        return None
+    path = Path(args.resume_from_checkpoint)
+    path = path if path.is_dir() else args.output_dir / path
+    if not path.is_dir() or not path.name.startswith("checkpoint-"):
+        raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is no checkpoint folder.")
+    return path
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of updates behind a checkpoint."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def save_checkpoint(accelerator: Accelerator, args: Arguments, step: int) -> None:
+    """Writes `checkpoint-STEP` whole or not at all; then older ones go, beyond the limit."""
+    partial = args.output_dir / "partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(partial)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    replaced, final = args.output_dir / "replaced", args.output_dir / f"checkpoint-{step}"
+    shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed here
+    if final.exists():
+        shutil.rmtree(final.rename(replaced))
+    partial.rename(final)
+    if args.checkpoints_total_limit is not None:
+        for path in sorted(args.output_dir.glob("checkpoint-*"), key=step_of)[: -args.checkpoints_total_limit]:
+            shutil.rmtree(path.rename(replaced))  # never half a checkpoint under its own name
+
+
+def save_result(state: dict[str, Tensor], config: FineLIPConfig, tokenizer: Any, image_processor: Any,
+                args: Arguments, recipe: Recipe, figures: dict[str, Any]) -> None:  # fmt: skip
+    """Writes the encoder as stock classes, the whole model, the recipe and the model card."""
+    model = whole_model(state, config)
+    save_text_encoder(model.text_encoder(), tokenizer, args.output_dir, overwrite=True)
+    partial, final = args.output_dir / "partial", args.output_dir / "finelip_model"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    image_processor.save_pretrained(partial)
+    if heads := {name: tensor for name, tensor in state.items() if name.startswith("objective.")}:
+        save_file(heads, partial / "heads.safetensors")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+    del settings["hub_token"]
+    (args.output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved, sort_keys=False))
+    (args.output_dir / "training.json").write_text(json.dumps({"settings": settings, "figures": figures}, indent=1))
+    (args.output_dir / "README.md").write_text(model_card(args, recipe, settings, figures))
+
+
+def model_card(args: Arguments, recipe: Recipe, settings: dict[str, Any], figures: dict[str, Any]) -> str:
+    """The model card of what was trained, in Markdown."""
+    lines = [
+        "---", "library_name: diffusers", "pipeline_tag: text-to-image",
+        "tags: [clip, long-text, finelip, text-encoder]", "---",
+        f"# {args.output_dir.name}: a CLIP text encoder of {args.max_length} tokens", "",
+        f"Trained by the recipe `{recipe.name}`: {recipe.description.strip()}", "",
+        "```python", "from finelip_diffusion import FineLIPStableDiffusionPipeline", "",
+        'pipe = FineLIPStableDiffusionPipeline.from_pretrained("BASE MODEL", finelip="THIS FOLDER")', "```", "",
+        f"Base: `{settings['pretrained_model_name_or_path']}`. Data: `{settings['train_data']}`. "
+        f"{settings['max_train_steps']} updates of {settings['train_batch_size']} pairs a process, "
+        f"seed {settings['seed']}.", "", "## Figures", "",
+    ]  # fmt: skip
+    lines += [f"- {name}: {value:.4g}" for name, value in figures.items() if isinstance(value, int | float)]
+    flags = " ".join(f"--{name} {value}" for name, value in settings.items() if value not in (None, False, "latest"))
+    lines += ["", "Command:", "", "```bash", f"accelerate launch train/finetune_encoder.py {flags}", "```", ""]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+class _Join(torch.autograd.Function):
+    """The tensors of all processes, one behind the other; each gets the gradients that all have for its own."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_with_gradients(representations: Representations) -> Representations:
+    """Joins the batches of all processes in the order of their ranks; a gradient goes back to where it came from.
+
+    Token tensors are padded to the longest of all processes; scalars are every process's own.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return representations
+    joint = {}
+    for name, tensor in sorted(representations.items()):
+        if tensor.ndim >= 2:
+            length = torch.tensor(tensor.shape[1], device=tensor.device)
+            dist.all_reduce(length, dist.ReduceOp.MAX)
+            missing = int(length) - tensor.shape[1]
+            tensor = F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, missing))
+        joint[name] = _Join.apply(tensor.contiguous()) if tensor.ndim else tensor
+    return joint
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """What DistributedDataParallel does behind a plain backward pass."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+
+
+def start_processes() -> bool:
+    """Starts as many processes as `accelerate launch --cpu --num_processes N` was asked for.
+
+    Without MPI that command starts a single one and says nothing (accelerate 1.15, `prepare_simple_launcher_cmd_env`);
+    it leaves MASTER_ADDR behind where N > 1, but no WORLD_SIZE, and N itself only on its own command line.
+
+    Returns:
+        Whether it did, so that this process has nothing left to do.
+
+    Raises:
+        ValueError: If N cannot be found.
+    """
+    asked = "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if not asked or "WORLD_SIZE" in os.environ:
+        return False
+    launcher = re.search(r"--num_processes[= ](\d+)", " ".join(psutil.Process(os.getppid()).cmdline()))
+    if launcher is None:
+        raise ValueError("accelerate started one process of several: use torchrun --nproc_per_node N in its place.")
+    flags = [f"--nproc_per_node={launcher[1]}", f"--master_port={os.environ.get('MASTER_PORT', '29500')}"]
+    torchrun([*flags, *sys.argv])
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def open_data(args: Arguments) -> tuple[Any, Any]:
+    """What is trained on, and the held-out examples, or None."""
+    columns: dict[str, Any] = {"image_column": args.image_column, "caption_column": args.caption_column}
+    dataset = open_dataset(
+        args.train_data, seed=args.seed, num_scenes=args.num_scenes, image_root=args.image_root, **columns
+    )
+    if args.validation_data is None and args.train_data == "scenes":
+        return dataset, retrieval.scenes_gallery(args.num_validation_examples // 8)
+    if args.validation_data is None:
+        return dataset, None
+    held_out: Any = open_dataset(
+        args.validation_data, split=args.validation_split, image_root=args.image_root, **columns
+    )
+    return dataset, list(islice(held_out, args.num_validation_examples))
+
+
+def kept_prompts(step: TrainingStep, recipe: Recipe) -> Literal["short", "random"] | None:
+    """The prompts on which the stock latent space is kept: random words for `lwf`, short captions otherwise."""
+    if not any(name.startswith("kept_") for name in step.objective.needs):
+        return None
+    return "random" if recipe.preserve is not None and recipe.preserve.name == "lwf" else "short"
+
+
+def set_lengths(args: Arguments, recipe: Recipe, size: int | None, images: int) -> int:
+    """Resolves, in updates, the length of training, and of the rise of the loss."""
+    if args.max_train_steps is None:
+        if size is None:
+            raise ValueError("a stream has no epochs: give --max_train_steps.")
+        args.max_train_steps = args.num_train_epochs * max(1, size // images)
+    if args.loss_warmup_steps is None:
+        epoch = args.max_train_steps if size is None else size // images
+        args.loss_warmup_steps = round(recipe.loss_warmup_epochs * min(epoch, args.max_train_steps))
+    return args.max_train_steps
+
+
+def upload(args: Arguments) -> None:
+    """Puts all but checkpoints and logs on the hub."""
+    repository = create_repo(args.hub_model_id or args.output_dir.name, exist_ok=True, token=args.hub_token).repo_id
+    ignored = ["checkpoint-*", "partial", f"{args.logging_dir}/*"]
+    upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token)
+
+
+def backward(step: TrainingStep, wrapped: nn.Module, batch: dict[str, Tensor], args: Arguments,
+             accelerator: Accelerator, factor: float, last: bool) -> dict[str, Tensor]:  # fmt: skip
+    """Gradients of one batch, times `factor`; processes share them with the last batch of an update."""
+    if args.micro_batch_size is not None:
+        with accelerator.autocast():
+            terms = cached_backward(step, batch, args.micro_batch_size, accelerator.backward, factor)
+        if last:
+            average_gradients(step.parameters())
+        return terms
+    with nullcontext() if last else accelerator.no_sync(wrapped):
+        with accelerator.autocast():
+            terms = wrapped(batch)
+        accelerator.backward(factor * torch.stack(list(terms.values())).sum())
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def validate(step: TrainingStep, tokenizer: Any, image_processor: Any, examples: Any, args: Arguments) -> dict:
+    """Retrieval on the validation set, with the weights as they are: figures by name."""
+    step.model.eval()
+    gallery = retrieval.embed_gallery(step.model, tokenizer, image_processor, examples, args.train_batch_size)
+    step.model.train()
+    figures = retrieval.evaluate(gallery, device=step.model.device)["figures"]
+    return {name: figure["value"] for name, figure in figures.items() if figure["value"] is not None}
+
+
+def main(args: Arguments) -> None:
+    recipe = resolve_recipe(args)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    logging.basicConfig(level=logging.WARNING)
+    args.mixed_precision = accelerator.mixed_precision
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    set_seed(args.seed)
+    step, tokenizer, image_processor = build_step(args, recipe, accelerator)
+    joint = args.train_batch_size * accelerator.num_processes
+    images = joint * args.gradient_accumulation_steps  # of an update
+    groups = parameter_groups(step, args, images if args.scale_lr else 1)
+    if args.dry_run:
+        accelerator.print(describe_run(step, groups, args, recipe))
+        return
+
+    checkpoint = find_checkpoint(args)
+    dataset, examples = open_data(args)
+    if accelerator.distributed_type is DistributedType.FSDP:
+        if args.micro_batch_size is not None or args.validation_data is not None:
+            raise ValueError(
+                "--micro_batch_size and --validation_data need whole weights, which FSDP shards: use DDP."
+            )
+        examples = None
+    collator = Collator(tokenizer, image_processor, recipe.captions, recipe.num_sub_captions,
+                        recipe.longest_sub_caption, kept_prompts(step, recipe), args.max_length)  # fmt: skip
+    size = None if isinstance(dataset, IterableDataset) else len(dataset)
+    steps = set_lengths(args, recipe, size, images)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    total = None if size is None else size + len(dataset.skipped)
+    skips = SkipLog(args.output_dir / "skipped.jsonl", args.max_bad_fraction, total, accelerator.is_main_process)
+    skips.add(dataset.skipped)
+
+    betas = args.adam_beta1, args.adam_beta2
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, fused=True)
+    schedule = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,
+                             num_training_steps=steps)  # fmt: skip
+    wrapped, optimizer = accelerator.prepare(step, optimizer)
+    accelerator.register_for_checkpointing(schedule)
+    if args.report_to != "none":
+        settings = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float)}
+        accelerator.init_trackers("finetune_encoder", settings)
+    first = 0
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        first = step_of(checkpoint)
+        accelerator.print(f"Going on from {checkpoint}.")
+
+    loader = iter(make_loader(
+        dataset, collator, args.train_batch_size, seed=args.seed, rank=accelerator.process_index,
+        world_size=accelerator.num_processes, first_step=first * args.gradient_accumulation_steps,
+        num_workers=args.dataloader_num_workers, bucket_by_length=args.length_bucketing,
+    ))  # fmt: skip
+    figures: dict[str, Any] = {}
+    started = time.perf_counter()
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=recipe.name,
+               disable=not accelerator.is_main_process, mininterval=2)  # fmt: skip
+    for update in bar:
+        warm = min(1.0, (update + 1) / args.loss_warmup_steps) if args.loss_warmup_steps else 1.0
+        for turn in range(args.gradient_accumulation_steps):
+            batch = next(loader)
+            seen = (update * args.gradient_accumulation_steps + turn + 1) * joint
+            skips.add(gather_object(batch["skipped"]), seen)  # so that all processes stop together
+            batch = {name: value.to(accelerator.device) for name, value in batch.items() if isinstance(value, Tensor)}
+            terms = backward(step, wrapped, batch, args, accelerator, warm / args.gradient_accumulation_steps,
+                             turn + 1 == args.gradient_accumulation_steps)  # fmt: skip
+        norm = accelerator.clip_grad_norm_(step.parameters(), args.max_grad_norm or math.inf)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        step.model.clip.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
+
+        done = update + 1
+        values = {name: value.item() for name, value in terms.items()}
+        if not math.isfinite(sum(values.values())):
+            raise ValueError(f"the loss is not finite at update {done}: {values}; try a lower --learning_rate.")
+        speed = (done - first) * images / (time.perf_counter() - started)
+        bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()} | {"images/s": f"{speed:.0f}"}, False)
+        rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+        accelerator.log(values | rates | {"images_per_second": speed, "gradient_norm": float(norm)}, step=done)
+        if done % args.checkpointing_steps == 0 or done == steps:
+            save_checkpoint(accelerator, args, done)
+        if examples is not None and done % args.validation_steps == 0 and done < steps:
+            if accelerator.is_main_process:
+                figures = validate(step, tokenizer, image_processor, examples, args)
+            accelerator.log({f"validation/{name}": value for name, value in figures.items()}, step=done)
+    if examples is not None and accelerator.is_main_process:
+        figures = validate(step, tokenizer, image_processor, examples, args)
+        accelerator.log({f"validation/{name}": value for name, value in figures.items()}, step=steps)
+    accelerator.wait_for_everyone()
+    state = accelerator.get_state_dict(wrapped)
+    if accelerator.is_main_process:
+        save_result(state, step.model.config, tokenizer, image_processor, args, recipe, figures)
+        if args.push_to_hub:
+            upload(args)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+        if not start_processes():
+            main(arguments)
+    except ValueError as error:
+        raise SystemExit(f"{Path(__file__).name}: {error}") from error
