@@ -37,7 +37,8 @@ class TokenRefinement(nn.Module):
         logits = self.scale * self.weigh(tokens)  # (B, N, K)
         if mask is not None:
             logits = logits.masked_fill(~mask[..., None], float("-inf"))
-        weights = logits.float().softmax(dim=1).to(tokens.dtype)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        weights = logits.softmax(dim=1, dtype=wide).to(tokens.dtype)
         return weights.transpose(1, 2) @ tokens  # (B, K, N) @ (B, N, E) -> (B, K, E)
 
 

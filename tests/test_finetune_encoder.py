@@ -36,6 +36,8 @@ SMALL = {  # four updates of sixteen pairs, with rates at which weights visibly 
     "report_to": "none",
 }
 
+SMOOTH = {"adam_epsilon": 1, "learning_rate": 0.1, "head_learning_rate": 0.1}
+
 
 def command(folder: Path, *launcher: str, **flags: object) -> list[str]:
     given = SMALL | {"output_dir": folder} | flags
@@ -61,7 +63,7 @@ def assert_close(one: Path, other: Path) -> None:
 def smooth(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Updates in proportion to gradients, which AdamW's are not where a gradient is nothing but rounding."""
     folder = tmp_path_factory.mktemp("smooth")
-    done = train(folder, adam_epsilon=1)
+    done = train(folder, **SMOOTH)
     assert done.returncode == 0, done.stderr[-2000:]
     stock = load_file(ROOT / "finelip_diffusion/bundled/text_encoder/model.safetensors")
     name = "text_model.encoder.layers.0.mlp.fc1.weight"
@@ -135,13 +137,13 @@ def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(straight: Path, tmp
 def test_two_processes_equal_one(smooth: Path, tmp_path: Path) -> None:
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "--num_machines=1")
     port = ("--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={20000 + os.getpid() % 20000}")
-    done = train(tmp_path / "two", *launcher, *port, train_batch_size=8, adam_epsilon=1)
+    done = train(tmp_path / "two", *launcher, *port, train_batch_size=8, **SMOOTH)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_close(smooth, tmp_path / "two")
 
 
 def test_micro_batches_change_memory_alone(smooth: Path, tmp_path: Path) -> None:
-    done = train(tmp_path / "micro", micro_batch_size=5, adam_epsilon=1)
+    done = train(tmp_path / "micro", micro_batch_size=5, **SMOOTH)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_close(smooth, tmp_path / "micro")
 

@@ -382,6 +382,19 @@ def test_laps_scores_hold_no_images_for_each_caption() -> None:
     assert (kept_for(12) - kept_for(2)) / 10 < chosen_patches
 
 
+def test_laps_scores_under_autocast(image_tokens, text_tokens, text_mask) -> None:
+    aggregation = Mixtures()
+    exact = laps_scores(image_tokens, text_tokens, text_mask, aggregation)
+    rounded = [tokens.detach().float().requires_grad_() for tokens in (image_tokens, text_tokens)]
+    with torch.autocast("cpu", torch.bfloat16):
+        result = laps_scores(*rounded, text_mask, aggregation.float())
+    assert result.dtype == torch.float32
+    unit = torch.finfo(torch.bfloat16).eps / 2  # about eight roundings on the way: four in the mixtures, four behind
+    torch.testing.assert_close(result.double(), exact, rtol=0, atol=2 * 8 * unit)
+    for grad in torch.autograd.grad(result.sum(), rounded):
+        assert grad.dtype == torch.float32 and grad.isfinite().all()
+
+
 @pytest.mark.parametrize(("keep", "chosen"), [(0.0, 0), (1.0, 7), (-1, -7)])
 def test_laps_needs_patches_to_choose_and_to_fuse(text_tokens, text_mask, keep, chosen) -> None:
     with pytest.raises(ValueError, match=f"keep={keep} chooses {chosen} of 7 patches"):
