@@ -18,7 +18,7 @@ demo: $(VENV)/.installed-core ## draw one long prompt with the bundled model, in
 	$(OFFLINE) $(PY) examples/demo.py
 
 test: $(VENV)/.installed-dev ## run the test suite
-	$(OFFLINE) $(PY) -m pytest
+	$(OFFLINE) $(PY) -m pytest --numprocesses 2 --dist loadfile
 
 quality: lint types ## check lint, format and types; change nothing
 

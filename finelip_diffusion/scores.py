@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 NEGATIVE_SLOPE = 0.1
 """Of the leaky ReLU that FineLIP and LAPS apply to token similarities."""
 
-CPU_BLOCK, GPU_BLOCK = 2**19, 2**25
-"""Similarities held at a time: 2 MB, which caches hold; more where each step costs a launch."""
+CPU_BLOCK, GPU_BLOCK = 2**20, 2**25
+"""Similarities held at a time: 4 MB, which caches hold; more where each step costs a launch."""
 
 
 def late_interaction(
@@ -199,8 +199,8 @@ class _MaxSimilarity(torch.autograd.Function):
             image_values = image_tokens[images].flatten(0, 1).to(sums)
             text_values = text_tokens[texts].flatten(0, 1).to(sums)
             # A match is a row of image_values, a row of text_values, and the gradient of their product.
-            image_rows = torch.arange(len(image_values), device=device).view(-1, 1, P)
-            text_rows = torch.arange(len(text_values), device=device).view(-1, T)
+            image_rows = torch.arange(len(image_values), dtype=torch.int32, device=device).view(-1, 1, P)
+            text_rows = torch.arange(len(text_values), dtype=torch.int32, device=device).view(-1, T)
             best, grads = _unpack(
                 best_image[images, texts],
                 grad_text_to_image[images, texts, None] * text_weights[texts],
@@ -260,13 +260,14 @@ def _index_dtype(tokens: int) -> torch.dtype:
 def _unpack(best: Tensor, grads: Tensor, negative_slope: float) -> tuple[Tensor, Tensor]:
     """Indices of tokens, and the gradients behind the leaky ReLU at their similarities."""
     negative = best < 0
-    return torch.where(negative, ~best, best).long(), torch.where(negative, negative_slope * grads, grads)
+    return torch.where(negative, ~best, best).int(), torch.where(negative, negative_slope * grads, grads)
 
 
 def _add_rows(target: Tensor, target_rows: Tensor, source: Tensor, source_rows: Tensor, weights: Tensor) -> None:
     """target[target_rows] += weights * source[source_rows], one sum for each row of the target."""
     target_rows, order = target_rows.sort(stable=True)
-    starts = torch.searchsorted(target_rows, torch.arange(len(target), device=target.device))
+    rows = torch.arange(len(target), dtype=torch.int32, device=target.device)
+    starts = torch.searchsorted(target_rows, rows, out_int32=True)
     target += F.embedding_bag(source_rows[order], source, starts, mode="sum", per_sample_weights=weights[order])
 
 
