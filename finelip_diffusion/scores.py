@@ -129,10 +129,9 @@ def laps_scores(
         mean_token = F.normalize(text_tokens.sum(1), dim=-1)  # (B_text, E)
 
     def score(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor, mean_token: Tensor) -> Tensor:
-        with torch.no_grad():
-            counts = (directions * (mean_patch + mean_token)).sum(-1)  # (B_image, P)
-            counts, order = counts.sort(dim=1, descending=True)
-            weights = counts[:, chosen:].softmax(1).unsqueeze(-1)  # (B_image, P - N, 1)
+        counts = (directions * (mean_patch + mean_token)).sum(-1)  # (B_image, P)
+        counts, order = counts.sort(dim=1, descending=True)
+        weights = counts[:, chosen:].softmax(1).unsqueeze(-1)  # (B_image, P - N, 1)
         cls, patches = image_tokens[:, :1], image_tokens[:, 1:]
         patches = patches.take_along_dim(order.unsqueeze(-1), 1)
         fused = (patches[:, chosen:] * weights).sum(1, keepdim=True)  # (B_image, 1, E)

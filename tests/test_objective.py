@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -133,6 +134,28 @@ def test_a_frozen_image_tower_gets_no_gradient(name: str, batch_for: Any) -> Non
         trained = {key: tensor.grad for key, tensor in step.named_parameters() if tensor.requires_grad}
         trained.pop("model.clip.logit_scale")
         assert all(gradient is not None for gradient in trained.values())
+
+
+@pytest.mark.parametrize("name", ["finelip_preserve", "hycd"])
+def test_what_is_kept_is_what_a_unet_reads(name: str, batch_for: Any) -> None:
+    """The last states, after the final norm, and what the last but one layer puts out; and CLIP's own embeddings."""
+    step, batch = make_step(name), batch_for(name)
+    found, pixels, ids = step.encode(batch), batch["pixel_values"], batch["kept_ids"]
+    assert ids.shape[1] <= 77
+    clips: dict[str, Any] = {"": step.model.clip, "teacher_": step._teacher[0]}
+    for prefix, clip in clips.items():
+        outputs: list[Tensor] = []
+        keep: Any = lambda _, __, output, outputs=outputs: outputs.append(output)  # noqa: E731
+        with torch.no_grad(), clip.text_model.encoder.layers[-2].register_forward_hook(keep):
+            expected = {
+                "kept_states": clip.text_model(ids).last_hidden_state,
+                "kept_embeds": F.normalize(clip.get_text_features(ids).pooler_output, dim=-1),
+                "image_embeds": F.normalize(clip.get_image_features(pixels).pooler_output, dim=-1),
+            }
+        expected["kept_penultimate"] = outputs[0]
+        for key in expected.keys() & {key.removeprefix("teacher_") for key in step.objective.needs}:
+            torch.testing.assert_close(found[prefix + key], expected[key], rtol=0, atol=1e-12)
+            assert found[prefix + key].requires_grad != bool(prefix)
 
 
 def test_heads_are_made_where_a_loss_names_them() -> None:

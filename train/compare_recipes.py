@@ -36,6 +36,7 @@ ABLATIONS = ("no_atrm", "no_clim", "visual_only", "infonce", "kps_infonce", "fin
 SCORES = {  # column -> ranks in the report of a run
     "R@1": ("whole/{score}/text_to_image", "R@1"),
     "within group": ("whole/{score}/text_to_image", "group_R@1"),
+    "R@1, image to text": ("whole/{score}/image_to_text", "R@1"),
     "no first sentence": ("without_first/{score}/text_to_image", "R@1"),
 }
 
@@ -167,7 +168,7 @@ def tables(by_recipe: dict[str, list[dict[str, Any]]]) -> str:
     """The report in Markdown."""
     lines = []
     for score, title in (("global", "Global cosine"), ("finelip", "FineLIP* (0.8 global + 0.2 token score)")):
-        lines += [f"### {title}, text to image", "", "| recipe | " + " | ".join(SCORES) + " |", "|---" * 4 + "|"]
+        lines += [f"### {title}", "", f"| recipe | {' | '.join(SCORES)} |", "|---" * (len(SCORES) + 1) + "|"]
         for recipe, results in by_recipe.items():
             columns = [(name.format(score=score), figure) for name, figure in SCORES.values()]
             cells = [shown(interval(pooled(results, *column))) for column in columns]
@@ -189,7 +190,7 @@ def tables(by_recipe: dict[str, list[dict[str, Any]]]) -> str:
         lines += ["", "### FineLIP less the other, paired by query", ""]
         heads = [*(f"{column}, FineLIP*" for column in SCORES), "R@1, global", "seeds agree"]
         lines.append(f"| other | {' | '.join(heads)} |")
-        lines.append("|---" * 6 + "|")
+        lines.append("|---" * (len(heads) + 1) + "|")
         columns = [(name.format(score="finelip"), figure) for name, figure in SCORES.values()]
         columns.append(("whole/global/text_to_image", "R@1"))
         for other in (name for name in ABLATIONS if name in by_recipe):
