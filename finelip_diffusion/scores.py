@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 NEGATIVE_SLOPE = 0.1
 """Of the leaky ReLU that FineLIP and LAPS apply to token similarities."""
 
-CPU_BLOCK, GPU_BLOCK = 2**20, 2**25
-"""Similarities held at a time: 4 MB, which caches hold; more where each step costs a launch."""
+CPU_BLOCK, GPU_BLOCK = 2**19, 2**25
+"""Similarities held at a time: 2 MB, which caches hold; more where each step costs a launch."""
 
 
 def late_interaction(
