@@ -79,9 +79,7 @@ class TrainingStep(nn.Module):
         model, needs = self.model, self.objective.needs
         found: Representations = {"logit_scale": model.clip.logit_scale.exp(), "image_ids": batch["image_ids"]}
         if needs & {"image_embeds", "image_tokens", "local_image_tokens"}:
-            frozen = not model.clip.visual_projection.weight.requires_grad
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                found["image_embeds"], found["image_tokens"] = model.encode_image(batch["pixel_values"])
+            found["image_embeds"], found["image_tokens"] = model.encode_image(batch["pixel_values"])
             if "local_image_tokens" in needs:
                 found["local_image_tokens"] = model.local_image(found["image_tokens"])
         if needs & {"text_embeds", "text_tokens", "text_mask", "local_text_tokens", "local_text_mask"}:

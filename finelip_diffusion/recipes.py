@@ -1,6 +1,7 @@
 """A recipe: which captions, which losses, which parameters make a long-text encoder. Data, read from YAML."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -97,6 +98,7 @@ class Recipe:
 _LOSSES: dict[str, ModuleType] = {
     "global_loss": losses, "coarse": losses, "local_loss": losses, "preserve": preservation
 }  # fmt: skip
+_LEAST = {"num_sub_captions": 1, "longest_sub_caption": 1, "lora_rank": 1, "logit_scale": 1}
 _CHOICES = {
     "position": ("kps",),
     "captions": get_args(CaptionKind),
@@ -137,7 +139,7 @@ def make_recipe(name: str, content: Mapping[str, Any], where: str = "the recipe"
         ValueError: For an unknown key, value, loss or setting. One sentence.
     """
     known = {entry.name: entry for entry in fields(Recipe) if entry.name not in ("name", "resolved")}
-    if unknown := sorted(content.keys() - known.keys()):
+    if unknown := sorted(content.keys() - known.keys(), key=str):
         raise ValueError(f"{where} has the unknown key {unknown[0]!r}: choose among {', '.join(known)}.")
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -146,23 +148,22 @@ def make_recipe(name: str, content: Mapping[str, Any], where: str = "the recipe"
         elif key in _CHOICES and value not in _CHOICES[key]:
             raise ValueError(f"{where}: {key} is {value!r}, not one of {', '.join(_CHOICES[key])}.")
         elif key == "refine":
-            values[key] = tuple(value or ())
+            values[key] = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
             if wrong := [part for part in values[key] if part not in ("image", "text")]:
                 raise ValueError(f"{where}: refine holds {wrong[0]!r}, not image or text.")
-        elif value is None or key in _CHOICES or key == "description":
+        elif key in _CHOICES or key == "description":
             values[key] = value
+        elif key == "logit_scale" and value in (None, "none"):
+            values[key] = None
         else:
-            wanted = float if "float" in str(known[key].type) else int
-            try:
-                values[key] = wanted(value)
-            except (TypeError, ValueError):
-                raise ValueError(f"{where}: {key} is {value!r}, not a number.") from None
-            if values[key] < 0:
-                raise ValueError(f"{where}: {key} is {value}, but cannot be negative.")
+            values[key] = _number(value, f"{where}: {key}", "float" not in str(known[key].type), _LEAST.get(key, 0))
     recipe = Recipe(name=name, resolved=dict(content), **values)
     if not recipe.terms:
         raise ValueError(f"{where} has no loss: give global_loss, local_loss, or another of {', '.join(_LOSSES)}.")
+    names = [term.name for term in recipe.terms.values()]
     for term in recipe.terms.values():
+        if names.count(term.name) > 1:
+            raise ValueError(f"{where} names {term.name} twice: give it once, with a weight.")
         for need, kinds in (("short_embeds", ("first_sentence", "debias")), ("sub_embeds", ("sub_captions",))):
             if need in term.reads and recipe.captions not in kinds:
                 raise ValueError(
@@ -178,17 +179,35 @@ def _term(value: Any, module: ModuleType, where: str) -> Term | None:
     name, settings = value, dict[str, Any]()
     if isinstance(value, Mapping) and len(value) == 1:
         ((name, settings),) = value.items()
-        settings = dict(settings or {})
     functions = {
         key: function
         for key, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not key.startswith("_") and not key.endswith("_loss")
     }
-    if name not in functions:
+    if not isinstance(name, str) or name not in functions:
         raise ValueError(f"{where} is {value!r}, not none or one of {', '.join(sorted(functions))}.")
-    weight = float(settings.pop("weight", 1.0))
-    parameters = inspect.signature(functions[name]).parameters.values()
-    allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    if unknown := sorted(settings.keys() - set(allowed)):
+    if not isinstance(settings, Mapping | None):
+        raise ValueError(f"{where}: the settings of {name} are {settings!r}, not {{setting: value}}.")
+    settings = dict(settings or {})
+    weight = _number(settings.pop("weight", 1.0), f"{where}: weight")
+    parameters = inspect.signature(functions[name]).parameters
+    allowed = [key for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    if unknown := sorted(settings.keys() - set(allowed), key=str):
         raise ValueError(f"{where}: {name} has no setting {unknown[0]!r}; it has {', '.join(['weight', *allowed])}.")
+    for key, setting in settings.items():
+        choices = get_args(parameters[key].annotation)
+        if choices and setting not in choices:
+            raise ValueError(f"{where}: {key} is {setting!r}, not one of {', '.join(choices)}.")
+        if not choices:
+            settings[key] = _number(setting, f"{where}: {key}", parameters[key].annotation is int)
     return Term(name, weight, settings, functions[name])
+
+
+def _number(value: Any, where: str, whole: bool = False, least: float = 0) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} is {value!r}, not a number.") from None
+    if not least <= number < math.inf or (whole and number != int(number)):
+        raise ValueError(f"{where} is {value}, but must be a {'whole ' if whole else ''}number of at least {least}.")
+    return int(number) if whole else number

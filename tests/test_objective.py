@@ -158,6 +158,18 @@ def test_what_is_kept_is_what_a_unet_reads(name: str, batch_for: Any) -> None:
             assert found[prefix + key].requires_grad != bool(prefix)
 
 
+@pytest.mark.parametrize("name", ["finelip", "kps_infonce"])
+def test_a_tower_that_is_trained_in_part_gets_its_gradients(name: str, batch_for: Any) -> None:
+    """As with adapters: the projection behind them is frozen."""
+    step, batch = make_step(name), batch_for(name)
+    clip = step.model.clip.requires_grad_(False)
+    inside = clip.vision_model.encoder.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    for backward in (lambda: total(step(batch)).backward(), lambda: cached_backward(step, batch, 3, Tensor.backward)):
+        step.zero_grad()
+        backward()
+        assert inside.grad is not None and inside.grad.any()
+
+
 def test_heads_are_made_where_a_loss_names_them() -> None:
     def heads(name: str) -> Any:
         return Objective(recipe_of(name), width=512, num_refined_tokens=39)

@@ -107,7 +107,8 @@ def test_weight_and_settings() -> None:
 
 def test_numbers_may_be_written_as_text() -> None:
     """YAML reads 1e-6, without a point, as text."""
-    assert make_recipe("one", {"local_loss": "filip", "learning_rate": "1e-6"}).learning_rate == 1e-6
+    recipe = make_recipe("one", {"local_loss": "filip", "learning_rate": "1e-6", "logit_scale": "none"})
+    assert recipe.learning_rate == 1e-6 and recipe.logit_scale is None
 
 
 def test_a_new_loss_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +166,21 @@ def assert_one_sentence(sentence: str, function: Any, *args: Any) -> None:
         ({"lr_warmup_steps": -1}, "lr_warmup_steps is -1"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast', not a number"),
         ({"lora_rank": [8]}, "lora_rank is .8., not a number"),
+        ({"learning_rate": None}, "learning_rate is None, not a number"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan, but must be a number of at least 0"),
+        ({"num_sub_captions": 2.5}, "num_sub_captions is 2.5, but must be a whole number of at least 1"),
+        ({"logit_scale": 0}, "logit_scale is 0, but must be a number of at least 1"),
+        ({"refine": 3}, "refine holds 3, not image or text"),
+        ({3: 4, "x": 5}, "the unknown key 3"),
+        ({"local_loss": {"finelip": {}, "filip": {}}}, "not none or one of"),
+        ({"local_loss": ["finelip"]}, "local_loss is .'finelip'., not none or one of"),
+        ({"local_loss": {"finelip": 3}}, "the settings of finelip are 3, not .setting: value."),
+        ({"local_loss": {"finelip": {"weight": -1}}}, "weight is -1, but must be a number of at least 0"),
+        ({"local_loss": {"finelip": {"weight": "much"}}}, "weight is 'much', not a number"),
+        ({"local_loss": {"finelip": {"margin": "wide"}}}, "margin is 'wide', not a number"),
+        ({"local_loss": {"finelip": {"interaction": "sum"}}}, "interaction is 'sum', not one of clim, mean"),
+        ({"coarse": {"pca_image": {"components": 2.5}}}, "components is 2.5, but must be a whole number"),
+        ({"global_loss": "finelip"}, "names finelip twice: give it once"),
     ],
 )
 def test_a_mistake_is_one_sentence(change: dict[str, Any], sentence: str) -> None:
