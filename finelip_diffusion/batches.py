@@ -16,6 +16,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from .captions import CAPTION_MODES, CaptionMode, draw_captions, draw_padding, draw_random_prompt, draw_short_prompt
 from .data import CaptionDataset, Example, TarDataset, stable_hash
+from .text_encoder import MAX_LENGTH
 
 BUCKET_WINDOW = 50  # batches whose examples are sorted by length together
 KEPT_LENGTH = 77  # tokens that the stock encoder reads
@@ -156,7 +157,7 @@ class Collator:
         num_sub_captions: int = 8,
         longest_sub_caption: int = 3,
         kept_prompts: Literal["short", "random"] | None = None,
-        max_length: int = 248,
+        max_length: int = MAX_LENGTH,
     ) -> None:
         if captions not in CAPTION_MODES:
             raise ValueError(f"captions={captions!r} is not one of {', '.join(CAPTION_MODES)}.")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -132,6 +133,22 @@ def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(straight: Path, tmp
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     for name, tensor in weights(straight).items():
         assert torch.equal(tensor, weights(folder)[name]), name
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    """Files may have ten million bytes: the weights fit, the optimiser's state does not."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))
+
+    done = subprocess.run(
+        command(tmp_path), capture_output=True, text=True, preexec_fn=limit, timeout=280, check=False
+    )
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
+    assert f"checkpoint 2 cannot be written to {tmp_path}" in last and "--resume_from_checkpoint latest" in last
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_two_processes_equal_one(smooth: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 
 from finelip_diffusion.metrics import ATTRIBUTES, probe_text_states, state_drift
 from finelip_diffusion.model import load_clip
-from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.pipeline import BUNDLED_MODEL, STOCK_POSITIONS
 from finelip_diffusion.retrieval import SceneGallery, bootstrap_interval, embed_gallery, evaluate, scenes_gallery
 from finelip_diffusion.scenes import describe, sample_scene
 from finelip_diffusion.text_encoder import MAX_LENGTH, load_text_encoder
@@ -100,7 +100,7 @@ def measure(source: Path | str, encoder_source: Path | str, gallery: SceneGaller
     model, tokenizer, image_processor = load_clip(source, **(raw if source == encoder_source else {}))
     embedded = embed_gallery(model, tokenizer, image_processor, gallery, views=("whole", "without_first"))
     encoder, tokenizer = load_text_encoder(encoder_source, dtype=torch.float32, projection=False)
-    stock, _ = load_text_encoder(BUNDLED_MODEL, max_length=77, dtype=torch.float32)
+    stock, _ = load_text_encoder(BUNDLED_MODEL, max_length=STOCK_POSITIONS, dtype=torch.float32)
     prompts = [str(describe(sample_scene(seed, "test", (1, 2)))) for seed in range(args.num_short_prompts)]
     drift = state_drift(encoder, stock, tokenizer, prompts)
     return {

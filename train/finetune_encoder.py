@@ -39,6 +39,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from huggingface_hub import create_repo, upload_folder
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.run import main as torchrun
@@ -52,7 +53,7 @@ from finelip_diffusion.data import SkipLog, open_dataset
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel, load_clip
 from finelip_diffusion.objective import Objective, Representations, TrainingStep, cached_backward
 from finelip_diffusion.recipes import Recipe, read_recipe
-from finelip_diffusion.text_encoder import save_text_encoder
+from finelip_diffusion.text_encoder import MAX_LENGTH, save_text_encoder
 
 RECIPES = Path(__file__).parent / "recipes"
 BUNDLED_CLIP = Path(retrieval.__file__).parent / "bundled" / "clip"
@@ -70,7 +71,7 @@ class Arguments:
         metadata={"help": "A CLIP: folder, hub id or file. By default the bundled 77-token CLIP of scenes."},
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub id."})
-    max_length: int = field(default=248, metadata={"help": "Tokens that the encoder shall read."})
+    max_length: int = field(default=MAX_LENGTH, metadata={"help": "Tokens that the encoder shall read."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, ...; by default eager on a CPU, where it is the faster one."}
     )
@@ -300,12 +301,23 @@ def step_of(checkpoint: Path) -> int:
 
 
 def save_checkpoint(accelerator: Accelerator, args: Arguments, step: int) -> None:
-    """Writes `checkpoint-STEP` whole or not at all; then older ones go, beyond the limit."""
+    """Writes `checkpoint-STEP` whole or not at all; then older ones go, beyond the limit.
+
+    Raises:
+        ValueError: If it cannot be written: a full disk, say. Those before it stay.
+    """
     partial = args.output_dir / "partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(partial)
+    try:
+        accelerator.save_state(partial)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        cause = str(error).splitlines()[0]
+        raise ValueError(
+            f"checkpoint {step} cannot be written to {args.output_dir} ({cause}): make room, then go on from the last "
+            "whole one with --resume_from_checkpoint latest."
+        ) from error
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
@@ -605,5 +617,5 @@ if __name__ == "__main__":
         arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
         if not start_processes():
             main(arguments)
-    except ValueError as error:
+    except (ValueError, OSError, SafetensorError) as error:  # OSError: a full disk
         raise SystemExit(f"{Path(__file__).name}: {error}") from error
