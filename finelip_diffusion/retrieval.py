@@ -482,13 +482,13 @@ def _late_group(tokenizer: CLIPTokenizer, num_objects: int, rng: random.Random) 
         caption = describe(scene, seed)
         facts = zip(caption.facts, fact_tokens(caption, tokenizer), strict=True)
         late = [fact.object for fact, (first, _) in facts if first > STOCK_CONTENT_TOKENS]
-        others = [other for other in _alterations(scene, late) if other.split == "test"]
+        others = [other for other in alterations(scene, late) if other.split == "test"]
         if len(others) >= GROUP_SIZE - 1:
             chosen = [scene, *rng.sample(others, GROUP_SIZE - 1)]
             return [(other, describe(other, seed, like=scene)) for other in chosen]
 
 
-def _alterations(scene: Scene, objects: Sequence[Object]) -> list[Scene]:
+def alterations(scene: Scene, objects: Sequence[Object]) -> list[Scene]:
     """All scenes that differ in one attribute of one of the objects, or in two of them having changed places."""
     cells = {item.cell for item in scene.objects}
     changes: list[dict[Object, Object]] = []
