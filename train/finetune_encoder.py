@@ -18,10 +18,7 @@ that was not. docs/training.md has the rest.
 import json
 import logging
 import math
-import os
-import re
 import shutil
-import sys
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -30,7 +27,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -39,10 +35,10 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from huggingface_hub import create_repo, upload_folder
+from processes import start_processes
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.run import main as torchrun
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -415,29 +411,6 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= dist.get_world_size()
-
-
-def start_processes() -> bool:
-    """Starts as many processes as `accelerate launch --cpu --num_processes N` was asked for.
-
-    Without MPI that command starts a single one and says nothing (accelerate 1.15, `prepare_simple_launcher_cmd_env`);
-    it leaves MASTER_ADDR behind where N > 1, but no WORLD_SIZE, and N itself only on its own command line.
-
-    Returns:
-        Whether it did, so that this process has nothing left to do.
-
-    Raises:
-        ValueError: If N cannot be found.
-    """
-    asked = "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    if not asked or "WORLD_SIZE" in os.environ:
-        return False
-    launcher = re.search(r"--num_processes[= ](\d+)", " ".join(psutil.Process(os.getppid()).cmdline()))
-    if launcher is None:
-        raise ValueError("accelerate started one process of several: use torchrun --nproc_per_node N in its place.")
-    flags = [f"--nproc_per_node={launcher[1]}", f"--master_port={os.environ.get('MASTER_PORT', '29500')}"]
-    torchrun([*flags, *sys.argv])
-    return True
 
 
 # --------------------------------------------------------------------------------------------------------------- main
