@@ -1,7 +1,8 @@
-"""benchmarks/train_step.py at a tiny size: its steps agree, and its bars can be missed."""
+"""The benchmarks at a tiny size: what they compare agrees, and their bars can be missed."""
 
 import importlib.util
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,17 +10,35 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "train_step.py"
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script as a module of its own for each test."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(name: str, *flags: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def table_of(output: str) -> dict[str, list[float]]:
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if "|" in line][2:]
+    return {name: [float(value) for value in values] for name, *values in cells}
 
 
 @pytest.fixture
 def train_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module of its own for each test, without a bar for its speed."""
-    spec = importlib.util.spec_from_file_location("train_step", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_step", module)  # dataclasses look their module up there
-    spec.loader.exec_module(module)
+    """Without a bar for its speed."""
+    module = load_script("train_step", monkeypatch)
     module.SPEED_BAR = 0.0
     return module
 
@@ -29,11 +48,7 @@ def tiny(train_step: ModuleType, **flags: object):
 
 
 def test_the_steps_agree_and_the_table_says_so() -> None:
-    command = [sys.executable, str(SCRIPT), "--tiny", "--batch_size", "4", "--repeats", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line][2:]
-    rows = {name: [float(value) for value in values] for name, *values in cells}
+    rows = table_of(run_script("train_step", "--tiny", "--batch_size", "4", "--repeats", "1"))
     rate, speed, loss, difference, gradient = rows["ours, float32"]
     assert rate > 0 and speed > 0
     assert loss == pytest.approx(rows["reference, float32"][2], rel=1e-4)
@@ -62,3 +77,27 @@ def test_captions_are_read_to_their_last_word(train_step: ModuleType, name: str)
     before = train_step.loss_of(name, step, batch).item()
     batch["input_ids"][row, batch["attention_mask"][row].sum() - 2] += 1  # in front of the end token
     assert train_step.loss_of(name, step, batch).item() != pytest.approx(before, rel=1e-6)
+
+
+def test_the_tools_agree_on_the_distance_and_the_table_says_so() -> None:
+    output = run_script(
+        "evaluate", "--num_images", "4", "--repeats", "1", "--batch_size", "3", "--memory_images", "30", "90"
+    )
+    rows = table_of(output)
+    assert list(rows) == ["ours", "torch-fidelity", "clean-fid"]
+    for rate, speed, features, seconds, distance in rows.values():
+        assert min(rate, speed, features, seconds) > 0
+        assert distance == pytest.approx(rows["ours"][-1], rel=1e-3)
+    peaks = dict(re.findall(r"(\d+) images (\d+) MB", output))
+    assert 0.9 * float(peaks["30"]) < float(peaks["90"]) < 1.1 * float(peaks["30"])
+
+
+def test_every_bar_of_scoring_can_be_met_and_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    missed_bars = load_script("evaluate", monkeypatch).missed_bars
+    assert missed_bars({"a": 1.0}, {"a": 1e-3}, {1_000: 100.0, 20_000: 105.0}) == []
+    missed = missed_bars({"a": 0.99, "b": 1.5}, {"a": 1e-4, "b": math.nan}, {1_000: 100.0, 20_000: 106.0})
+    assert [sentence.split(",")[0] for sentence in missed] == [
+        "0.99 times the images per second of a",
+        "the distance differs by nan from that of b",
+        "20000 images take 1.06 times the memory of 1000",
+    ]
