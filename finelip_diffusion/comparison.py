@@ -1,0 +1,380 @@
+"""From the images of several conditions to the report that compares them.
+
+Every figure comes with its interval, and with its paired difference from the baseline under the same UNet.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .adherence import (
+    Figure,
+    Judge,
+    Sentences,
+    change_in_image,
+    clip_scores,
+    curve,
+    embed_sentences,
+    figure,
+    listening,
+    reading,
+    stock_border,
+)
+from .drawing import BASELINE, Condition, Prompt
+from .features import Extractor
+from .metrics import STOCK_CONTENT_TOKENS, cmmd_intervals, frechet_intervals, kernel_distance, small_sample
+from .scenes import Caption
+
+Eye = Extractor | Judge
+"""What turns images into vectors: features for a distance, or a CLIP's embeddings for scores."""
+
+Prompts = Mapping[str, Sequence[Prompt]]
+"""By kind: `long`, `short`, `changed`."""
+
+Seen = Mapping[tuple[str, str, str], np.ndarray]
+"""By eye, condition (or `reference`) and kind of prompt: vectors of the images, (N, D)."""
+
+LONG, LIKENESS, SHORT, CHANGED = (
+    "Long prompts",
+    "Likeness to the reference images",
+    "Short prompts",
+    "One word changed",
+)
+_SENTENCE = "CLIPScore of each sentence with its own image less that with another prompt's"
+_FIGURES = {  # in the order of the page: label, group, better, digits, note
+    "found_behind": ("found behind token 77", LONG, "higher", 3, "of what a stock encoder does not read"),
+    "found_before": ("found before token 77", LONG, "higher", 3, "shape, colour and size right, in the right cell"),
+    "listening_behind": ("sentences behind token 77", LONG, "higher", 2, _SENTENCE),
+    "listening_before": ("sentences before token 77", LONG, "higher", 2, _SENTENCE),
+    "clip_score": ("CLIPScore", LONG, "higher", 2, "100 x cosine of image and prompt"),
+    "background": ("background", LONG, "higher", 3, "share of images with the background that the prompt names"),
+    "uncalled": ("drawn uncalled", LONG, "lower", 3, "of the cells that the prompt leaves empty"),
+    "fd": ("Frechet distance", LIKENESS, "lower", 2, "between the features of all images and of all references"),
+    "kid": ("kernel distance", LIKENESS, "lower", 4, "KID; the interval is that of random subsets"),
+    "cmmd": ("CMMD", LIKENESS, "lower", 3, "kernel distance of CLIP embeddings x 1000"),
+    "short_found": ("found", SHORT, "higher", 3, "objects of prompts that fit 77 tokens"),
+    "short_background": ("background", SHORT, "higher", 3, "share of images with the background that is named"),
+    "short_clip_score": ("CLIPScore", SHORT, "higher", 2, "100 x cosine of image and prompt"),
+    "prediction_drift": ("drift of the UNet's prediction", SHORT, "lower", 3, "RMS, relative, same noisy latents"),
+    "state_drift": ("drift of token states", SHORT, "lower", 3, "RMS distance from the stock encoder's, relative"),
+    "state_drift_2": ("drift, second encoder", SHORT, "lower", 3, "RMS distance from the stock encoder's, relative"),
+    "change": ("change of the image", CHANGED, "higher", 4, "RMS of pixels in 0..1, a word behind token 77 changed"),
+    "change_inside": ("of it in the right cell", CHANGED, "higher", 3, "share of the squared change; chance is 0.11"),
+}
+
+
+def _parts(key: str) -> tuple[str, str]:
+    """A figure's key is NAME, NAME/JUDGE, or FEATURES_fd and FEATURES_kid of a distance: its name, and of what."""
+    name, _, judge = key.partition("/")
+    if name in _FIGURES:
+        return name, judge
+    if name == "fid":
+        return "fd", "Inception"
+    features, _, kind = name.rpartition("_")
+    return kind, features
+
+
+def about(key: str) -> dict[str, Any]:
+    """How a figure is shown: label, group, what is better, digits, note."""
+    name, of = _parts(key)
+    label, group, better, digits, note = _FIGURES[name]
+    if of:
+        label += f", {of}" if group == LIKENESS else f", judged by {of}"
+    return {"label": label, "group": group, "better": better, "digits": digits, "note": note}
+
+
+@dataclass
+class Findings:
+    """What was found of one condition, prompt by prompt.
+
+    Attributes:
+        values: by figure, the values of each prompt.
+        points: by curve, (token, value) of each prompt.
+    """
+
+    values: dict[str, list[list[float]]] = field(default_factory=dict)
+    points: dict[str, list[list[tuple[int, float]]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The prompts as a judge reads them: whole long ones (N, E), their sentences, whole short ones (M, E)."""
+
+    long: Tensor
+    sentences: Sentences
+    short: Tensor | None
+
+
+def find(
+    condition: Condition,
+    prompts: Prompts,
+    texts: Mapping[str, Texts],
+    seen: Seen,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    drift: Mapping[str, Sequence[float]],
+) -> Findings:
+    """Everything that is known of a condition prompt by prompt.
+
+    Args:
+        condition: which.
+        prompts: by kind.
+        texts: the prompts, by judge.
+        seen: the images, by judge, condition and kind.
+        folder: where the images are.
+        tokenizer: counts tokens.
+        drift: by figure, a value for each of the first short prompts.
+    """
+    found = Findings(values={key: [[value] for value in values] for key, values in drift.items()})
+
+    def image(prompt: Prompt, kind: str | None = None) -> Image.Image:
+        return Image.open(folder / prompt.file(condition, kind)).convert("RGB")
+
+    for kind, prefix in (("long", ""), ("short", "short_")):
+        shown = [
+            reading(prompt.text, prompt.scene, image(prompt), tokenizer)
+            for prompt in prompts[kind]
+            if prompt.scene is not None and isinstance(prompt.text, Caption)
+        ]
+        if not shown:
+            continue
+        points = [[(fact["token"], float(fact["found"])) for fact in each["facts"]] for each in shown]
+        if kind == "long":
+            found.points["found"] = points
+            found.values |= {"found_before": _side(points, False), "found_behind": _side(points, True)}
+            found.values["uncalled"] = [[float(cell) for cell in each["uncalled"]] for each in shown]
+        else:
+            found.values["short_found"] = [[value for _, value in own] for own in points]
+        found.values[f"{prefix}background"] = [[float(each["background"])] for each in shown]
+    for name, own in texts.items():
+        embeds = torch.from_numpy(seen[name, condition.name, "long"])
+        found.values[f"clip_score/{name}"] = clip_scores(embeds, own.long)[:, None].tolist()
+        points = found.points[f"listening/{name}"] = listening(embeds, own.sentences)
+        found.values[f"listening_before/{name}"] = _side(points, False)
+        found.values[f"listening_behind/{name}"] = _side(points, True)
+        if own.short is not None:
+            scores = clip_scores(torch.from_numpy(seen[name, condition.name, "short"]), own.short)
+            found.values[f"short_clip_score/{name}"] = scores[:, None].tolist()
+    changes = [
+        change_in_image(image(prompt, "long"), image(prompt), prompt.change.cell)
+        for prompt in prompts["changed"]
+        if prompt.change is not None
+    ]
+    if changes:
+        found.values["change"] = [[change.rms] for change in changes]
+        found.values["change_inside"] = [[] if change.inside is None else [change.inside] for change in changes]
+    return found
+
+
+def _side(points: Iterable[Sequence[tuple[int, float]]], behind: bool) -> list[list[float]]:
+    """Values of what ends behind what a stock encoder reads, or of the rest."""
+    return [[value for token, value in own if (token > STOCK_CONTENT_TOKENS) == behind] for own in points]
+
+
+def distances(
+    name: str, seen: Mapping[str, np.ndarray], reference: np.ndarray, baseline: str, subset_size: int, resamples: int
+) -> dict[str, dict[str, Figure]]:
+    """Distances of each condition's images from the references, by condition and figure.
+
+    Args:
+        name: of the features.
+        seen: by condition, (N, D).
+        reference: (N, D), row by row those of the same prompts.
+        baseline: a condition.
+        subset_size: of the kernel distance, which is left out where there are fewer images.
+        resamples: of the bootstrap of the Frechet distance.
+    """
+    if name == "cmmd":
+        figures = cmmd_intervals(seen, reference, baseline=baseline, num_resamples=resamples)
+        return {key: {name: value} for key, value in figures.items()}
+    figures = frechet_intervals(seen, reference, baseline=baseline, num_resamples=resamples)
+    found: dict[str, dict[str, Figure]] = {key: {name: value} for key, value in figures.items()}
+    if len(reference) >= subset_size:
+        kid = {key: kernel_distance(own, reference, subset_size) for key, own in seen.items()}
+        subsets = {key: np.array(value.pop("subsets")) for key, value in kid.items()}
+        for key, value in kid.items():
+            difference = subsets[key] - subsets[baseline]
+            low, high = np.quantile(difference, (0.025, 0.975))
+            paired = {"value": float(difference.mean()), "low": float(low), "high": float(high)}
+            own_name = "inception_kid" if name == "fid" else f"{name.removesuffix('_fd')}_kid"
+            found[key][own_name] = value | {"difference": None if key == baseline else paired}
+    return found
+
+
+def compare(
+    conditions: Sequence[Condition],
+    prompts: Prompts,
+    eyes: Mapping[str, Eye],
+    seen: Seen,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    drifts: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    subset_size: int = 1000,
+    resamples: int = 100,
+    num_examples: int = 4,
+) -> dict[str, Any]:
+    """Everything of the report that follows from images and prompts, as `report.write_report` takes it.
+
+    Args:
+        conditions: each UNet with the baseline among its encoders.
+        prompts: by kind.
+        eyes: by name.
+        seen: what they make of every image, the references' too.
+        folder: where the images are.
+        tokenizer: counts tokens.
+        drifts: by condition and figure, a value for each of the first short prompts.
+        subset_size: of kernel distances.
+        resamples: of the bootstrap of Frechet distances.
+        num_examples: prompts of each kind on the page.
+    """
+    long, short = ([str(prompt.text) for prompt in prompts[kind]] for kind in ("long", "short"))
+    texts = {
+        name: Texts(judge.embed_texts(long), embed_sentences(judge, long), judge.embed_texts(short) if short else None)
+        for name, judge in eyes.items()
+        if isinstance(judge, Judge)
+    }
+    findings = {
+        each: find(each, prompts, texts, seen, folder, tokenizer, drifts.get(each.name, {})) for each in conditions
+    }
+    shown: dict[str, dict[str, Any]] = {}
+    for each, found in findings.items():
+        base = findings[_baseline(each, conditions)]
+        shown[each.name] = {
+            "unet": each.unet,
+            "encoder": each.encoder,
+            "label": each.encoder,
+            "about": each.about,
+            "figures": {
+                key: figure(values, None if found is base or key == "change_inside" else base.values.get(key))
+                for key, values in found.values.items()
+            },
+            "curves": {key: curve(points) for key, points in found.points.items()},
+        }
+    for name, eye in eyes.items():
+        if isinstance(eye, Judge):
+            continue
+        for unet in dict.fromkeys(each.unet for each in conditions):
+            own = {each.name: seen[name, each.name, "long"] for each in conditions if each.unet == unet}
+            reference = seen[name, "reference", "long"]
+            for key, figures in distances(name, own, reference, f"{unet}/{BASELINE}", subset_size, resamples).items():
+                shown[key]["figures"] = figures | shown[key]["figures"]
+    keys = dict.fromkeys(key for condition in shown.values() for key in condition["figures"])
+    counts = [len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in long]
+    curves = dict.fromkeys(key for found in findings.values() for key in found.points)
+    return {
+        "prompts": {
+            "n": len(counts),
+            "mean_tokens": float(np.mean(counts)),
+            "beyond_77": float(np.mean([count > STOCK_CONTENT_TOKENS for count in counts])),
+        },
+        "figures": {key: about(key) for key in sorted(keys, key=lambda key: list(_FIGURES).index(_parts(key)[0]))},
+        "baseline": BASELINE,
+        "conditions": shown,
+        "curves": {key: _about_curve(key) for key in curves},
+        "warnings": _warnings(len(long), eyes, conditions, subset_size),
+        "examples": _examples(findings, prompts["long"], tokenizer, num_examples),
+        "changes": _changes(findings, prompts["changed"][:num_examples]),
+    }
+
+
+def _baseline(condition: Condition, conditions: Iterable[Condition]) -> Condition:
+    return next(each for each in conditions if (each.unet, each.encoder) == (condition.unet, BASELINE))
+
+
+def _about_curve(key: str) -> dict[str, str]:
+    name, _, judge = key.partition("/")
+    if name == "found":
+        return {"label": "Found, by where the fact ends in the prompt", "unit": "share of facts", "note": ""}
+    return {"label": f"What an image has of a sentence, judged by {judge}", "unit": "CLIPScore", "note": _SENTENCE}
+
+
+def _warnings(n: int, eyes: Mapping[str, Eye], conditions: Sequence[Condition], subset_size: int) -> list[str]:
+    """What has to be known before the figures are read."""
+    judges = [eye for eye in eyes.values() if isinstance(eye, Judge)]
+    extractors = [eye for eye in eyes.values() if not isinstance(eye, Judge)]
+    found = [text for eye in extractors if eye.name != "cmmd" and (text := small_sample(n, eye.dim))]
+    if extractors and n < subset_size:
+        found.append(f"No kernel distance: {n} images are fewer than a subset of {subset_size}.")
+    own = {Path(each.encoder_source).resolve() for each in conditions if each.encoder_source is not None}
+    own |= {source.parent for source in own if source.name == "text_encoder"}
+    partial = [judge.name for judge in judges if own & {(path := Path(judge.source).resolve()), *path.parents}]
+    if partial and len(partial) == len(judges):
+        found.append(f"{', '.join(partial)} judges its own encoder and no other CLIP does: add one to the judges.")
+    return found
+
+
+def _examples(
+    findings: Mapping[Condition, Findings], prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, number: int
+) -> list[dict[str, Any]]:
+    """The prompts that the last condition draws best and worst beside the baseline, and the first ones."""
+    last = list(findings)[-1]
+    base = _baseline(last, findings)
+    kinds = {"best": list[int](), "worst": list[int](), "first": list(range(min(number, len(prompts))))}
+    scores: dict[Condition, list[str]] = {}
+    if key := next(iter(findings[last].points), None):
+        means = {each: [_mean(own) for own in found.points[key]] for each, found in findings.items()}
+        order = sorted(range(len(prompts)), key=lambda index: means[base][index] - means[last][index])
+        kinds |= {"best": order[:number], "worst": order[::-1][:number]}
+        for each, found in findings.items():
+            scores[each] = [
+                f"{sum(value for _, value in own):g} of {len(own)}" if key == "found" else f"{_mean(own):.1f}"
+                for own in found.points[key]
+            ]
+    shown = []
+    for kind, indices in kinds.items():
+        for index in indices:
+            text = str(prompts[index].text)
+            border = stock_border(text, tokenizer)
+            why = ", ".join(f"{each.name} {scores[each][index]}" for each in (last, base)) if scores else ""
+            shown.append(
+                {
+                    "index": index,
+                    "kind": kind,
+                    "why": why,
+                    "prompt": text,
+                    "kept_characters": len(text) if border is None else border,
+                    "reference": str(reference_file(index)),
+                    "images": {each.name: str(prompts[index].file(each)) for each in findings},
+                    "scores": {each.name: own[index] for each, own in scores.items()},
+                }
+            )
+    return shown
+
+
+def _mean(points: Sequence[tuple[int, float]]) -> float:
+    return sum(value for _, value in points) / max(len(points), 1)
+
+
+def reference_file(index: int) -> Path:
+    """Where the page's copy of a reference image is, in the output folder."""
+    return Path("references", f"{index:06d}.webp")
+
+
+def _changes(findings: Mapping[Condition, Findings], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """Prompts of which a word was changed, with both images of each condition."""
+    shown = []
+    for number, prompt in enumerate(prompts):
+        change = prompt.change
+        if change is None:
+            continue
+        inside = {each.name: found.values["change_inside"][number] for each, found in findings.items()}
+        shown.append(
+            {
+                "index": prompt.index,
+                "before": change.old,
+                "after": change.prompt[slice(*change.span)],
+                "prompt": change.prompt,
+                "span": list(change.span),
+                "images": {each.name: [str(prompt.file(each, "long")), str(prompt.file(each))] for each in findings},
+                "where": {name: f"{own[0]:.2f} of the change in the cell" for name, own in inside.items() if own},
+            }
+        )
+    return shown

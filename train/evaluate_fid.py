@@ -1,0 +1,440 @@
+"""Draws the same prompts under several text encoders, and measures what the images gain, what they lose, how surely.
+
+    python train/evaluate_fid.py --config train/configs/scenes.yaml --num_prompts 100 --output_dir runs/t2i
+    accelerate launch train/evaluate_fid.py --config train/configs/sd15.yaml --data data/docci \\
+        --encoders truncate chunk untrained runs/finelip-l14 --output_dir runs/sd15
+
+Every condition draws a prompt from the same noise, whatever the batch size and the number of processes. Images are
+kept with their prompt, seed and settings inside; started again, the script draws what is missing.
+`OUTPUT_DIR/report.html` is the page to look at, `report.md` its tables, `report.json` everything; docs/evaluation.md
+says what the figures mean.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object
+from PIL import Image
+from processes import start_processes
+from torch.utils.data import IterableDataset
+from tqdm.auto import tqdm
+from transformers import CLIPTokenizer, HfArgumentParser
+
+from finelip_diffusion.adherence import (
+    Judge,
+    change_ending,
+    change_scene,
+    load_judge,
+    prediction_drift,
+    sentences_of,
+    stock_border,
+)
+from finelip_diffusion.comparison import Eye, compare, reference_file
+from finelip_diffusion.data import SkipLog, open_dataset
+from finelip_diffusion.drawing import (
+    BASELINE,
+    STRATEGIES,
+    Condition,
+    Noise,
+    Prompt,
+    Settings,
+    draw,
+    drawn_with,
+    fingerprint,
+    is_drawn,
+    load_pipeline,
+    load_refiner,
+    located,
+    named,
+    read_conditions,
+    save_image,
+)
+from finelip_diffusion.features import load_extractor
+from finelip_diffusion.metrics import STOCK_CONTENT_TOKENS, state_drift
+from finelip_diffusion.report import write_report
+from finelip_diffusion.scenes import describe, render, sample_scene
+
+FEW, MANY = (1, 3), (4, 9)  # objects in a short and in a long prompt of scenes
+THUMBNAIL = 512  # pixels, the longer side of a reference image on the page
+
+
+@dataclass
+class Arguments(Settings):
+    """A value on the command line goes before the one in the configuration."""
+
+    output_dir: Path = field(
+        default=Path("runs/evaluation"), metadata={"help": "Where images, features and the reports are written."}
+    )
+    config: Path | None = field(default=None, metadata={"help": "A YAML file of these flags; train/configs has some."})
+    encoders: list[str] = field(
+        default_factory=lambda: [*STRATEGIES, "finelip"],
+        metadata={
+            "help": f"{', '.join(STRATEGIES)}, finelip (the model's own finelip/), or [NAME=]SOURCE of a long text "
+            "encoder: folder, hub id or checkpoint."
+        },
+    )
+    unets: list[str] = field(
+        default_factory=lambda: ["base"],
+        metadata={"help": "base, adapted (the model's own finelip/unet), or [NAME=]FOLDER that holds unet/."},
+    )
+    data: str = field(default="scenes", metadata={"help": "Prompts and reference images: scenes, or any dataset."})
+    split: str = field(default="test", metadata={"help": "Of data that has splits."})
+    image_root: Path | None = field(default=None, metadata={"help": "Where a list's images are, if not beside it."})
+    image_column: str | None = field(default=None, metadata={"help": "Of a list, if it is not the usual one."})
+    caption_column: str | None = field(default=None, metadata={"help": "Of a list, if it is not the usual one."})
+    max_bad_fraction: float = field(default=0.01, metadata={"help": "Of examples that may be unusable."})
+    num_prompts: int = field(default=1000, metadata={"help": "The first so many, one for each reference image."})
+    num_short: int = field(default=200, metadata={"help": "Short prompts, to see what is lost; 0 leaves them out."})
+    num_changed: int = field(default=100, metadata={"help": "Prompts drawn again with one thing behind 77 changed."})
+    num_drift: int = field(default=32, metadata={"help": "Short prompts on which drift is measured."})
+    batch_size: int = field(default=8, metadata={"help": "Images at once; changes nothing but time."})
+    features: list[str] = field(
+        default_factory=lambda: ["effnet_fd"],
+        metadata={"help": "NAME[=WEIGHTS] of effnet_fd, fid, clip_fd, dinov2_fd, cmmd; docs/metrics.md has them."},
+    )
+    judges: list[str] = field(
+        default_factory=list, metadata={"help": "[NAME=]SOURCE of CLIPs that score images, of any length."}
+    )
+    kid_subset_size: int = field(default=1000, metadata={"help": "Images in a subset of the kernel distance."})
+    num_resamples: int = field(default=100, metadata={"help": "Of the bootstrap of Frechet distances."})
+    num_examples: int = field(default=4, metadata={"help": "Best, worst and first prompts on the page, of each."})
+
+    def __post_init__(self) -> None:
+        least = {"num_prompts": 2, "num_short": 0, "num_changed": 0, "num_drift": 0, "num_inference_steps": 1,
+                 "batch_size": 1, "kid_subset_size": 2, "num_resamples": 2, "num_examples": 0, "seed": 0}  # fmt: skip
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"--{name} is {getattr(self, name)}, but must be at least {bound}.")
+        if BASELINE not in self.encoders:
+            raise ValueError(f"--encoders lack {BASELINE}, with which all the others are compared: add it.")
+        if self.noise == "in_order" and self.num_changed:
+            raise ValueError("--noise in_order has no second image from the same noise: set --num_changed 0.")
+
+
+def read_arguments(argv: Sequence[str]) -> Arguments:
+    """Flags, with the configuration's values in the place of the defaults.
+
+    Raises:
+        ValueError: If the configuration cannot be read or has an unknown key, or a value is out of bounds.
+    """
+    parser = HfArgumentParser(Arguments)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config", type=Path)
+    file = first.parse_known_args(argv)[0].config
+    if file is not None:
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"--config {file} cannot be read ({' '.join(str(error).split())}).") from error
+        names = [entry.name for entry in fields(Arguments)]
+        if not isinstance(values, dict):
+            raise ValueError(f"--config {file} holds no `flag: value`.")
+        if unknown := sorted(values.keys() - set(names), key=str):
+            raise ValueError(f"--config {file} has the unknown key {unknown[0]!r}: choose among {', '.join(names)}.")
+        parser.set_defaults(**values)
+    return parser.parse_args_into_dataclasses(argv)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ prompts
+
+
+def references(args: Arguments, log: SkipLog) -> Iterator[tuple[str, str, Image.Image]]:
+    """Caption, name and image of each example that can be used, in the order of the data; one caption an image."""
+    if args.data == "scenes":
+        for index in range(args.num_prompts):
+            prompt = scene_prompt("long", index, args)
+            assert prompt.scene is not None
+            yield str(prompt.text), prompt.name, render(prompt.scene)
+        return
+    dataset: Any = open_dataset(
+        args.data,
+        split=args.split,
+        image_root=args.image_root,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        seed=args.seed,
+    )
+    stream = isinstance(dataset, IterableDataset)
+    if not stream:
+        log.total = len(dataset) + len(dataset.skipped)
+        log.add(dataset.skipped)
+    seen: set[str] = set()
+    examples = dataset.examples(0, 1) if stream else (dataset[index] for index in range(len(dataset)))
+    for number, example in enumerate(examples):
+        log.add(example.skipped, number + 1)
+        if not example.skipped and example.image_id not in seen:  # it stands in for another, and has its own place
+            seen.add(example.image_id)
+            yield example.caption, example.name, example.image
+        if len(seen) == args.num_prompts or number > 10 * args.num_prompts:  # a stream that begins anew
+            return
+
+
+def scene_prompt(kind: str, index: int, args: Arguments) -> Prompt:
+    """A prompt of scenes."""
+    seed = args.seed + index
+    scene = sample_scene(seed, args.split, MANY if kind == "long" else FEW)
+    return Prompt(kind, index, describe(scene, seed), f"scenes:{args.split}:{seed}", scene)
+
+
+def read_references(args: Arguments, eyes: dict[str, Eye]) -> list[Prompt]:
+    """The long prompts. Decodes every reference image once, before anything is drawn, and keeps what is seen of it.
+
+    Raises:
+        ValueError: If there are fewer than two, or too many cannot be used.
+    """
+    file = args.output_dir / "prompts.json"
+    caches = {name: args.output_dir / "features" / name / "reference.npy" for name in eyes}
+    saved: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"asked": None}
+    if saved["asked"] != args.num_prompts or not all(cache.exists() for cache in caches.values()):
+        log = SkipLog(args.output_dir / "skipped.jsonl", args.max_bad_fraction)
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in eyes}
+        saved = {"asked": args.num_prompts, "prompts": []}
+        examples = iter(tqdm(references(args, log), "references", args.num_prompts, unit="image", mininterval=2))
+        while batch := list(islice(examples, 32)):
+            for name, eye in eyes.items():
+                rows[name].append(look(eye, [image for _, _, image in batch]))
+            for text, name, image in batch:
+                image.thumbnail((THUMBNAIL, THUMBNAIL))
+                page = args.output_dir / reference_file(len(saved["prompts"]))
+                page.parent.mkdir(parents=True, exist_ok=True)
+                image.save(page, lossless=max(image.size) <= 128)
+                saved["prompts"].append([text, name])
+        if len(saved["prompts"]) < 2:
+            raise ValueError(
+                f"--data {args.data} has {len(saved['prompts'])} images to compare with: give at least 2."
+            )
+        for name, cache in caches.items():
+            save_rows(np.concatenate(rows[name]), cache)
+        write_json(saved, file)
+    if args.data == "scenes":
+        return [scene_prompt("long", index, args) for index in range(len(saved["prompts"]))]
+    return [Prompt("long", index, text, name) for index, (text, name) in enumerate(saved["prompts"])]
+
+
+def further_prompts(long: Sequence[Prompt], args: Arguments, tokenizer: Any) -> dict[str, list[Prompt]]:
+    """Short prompts of the same world, or the first sentences of the long ones; and long ones with a change."""
+    if args.data == "scenes":
+        few = (scene_prompt("short", index, args) for index in range(args.num_short))
+        short = [prompt for prompt in few if stock_border(prompt.text, tokenizer) is None]
+    else:
+        firsts = ((prompt.text, sentences_of(prompt.text, tokenizer)[0]) for prompt in long)
+        fitting = (text[: part.end] for text, part in firsts if part.token <= STOCK_CONTENT_TOKENS)
+        short = [Prompt("short", index, text) for index, text in enumerate(islice(fitting, args.num_short))]
+    changed: list[Prompt] = []
+    for index, prompt in enumerate(long):
+        if len(changed) == args.num_changed:
+            break
+        if prompt.scene is not None:
+            change = change_scene(prompt.scene, args.seed + index, tokenizer)
+        else:
+            change = change_ending(prompt.text, long[(index + 1) % len(long)].text, tokenizer)
+        if change is not None:
+            changed.append(Prompt("changed", index, change.prompt, prompt.name, change=change))
+    return {"long": list(long), "short": short, "changed": changed}
+
+
+# ------------------------------------------------------------------------------------------------------------ drawing
+
+
+def draw_all(
+    conditions: Sequence[Condition], prompts: dict[str, list[Prompt]], args: Arguments, accelerator: Accelerator
+) -> dict[str, dict[str, list[float]]]:
+    """Draws what is missing, each process its share.
+
+    Returns:
+        By condition, how far states and predictions move for the first short prompts; of the main process only.
+    """
+    root, main = args.output_dir, accelerator.is_main_process
+    shares = {kind: own[accelerator.process_index :: accelerator.num_processes] for kind, own in prompts.items()}
+    files = (root / each.file(condition) for condition in conditions for own in shares.values() for each in own)
+    bar = tqdm(
+        total=sum(not file.exists() for file in files), desc="images", unit="image", disable=not main, mininterval=2
+    )
+    refiner, pipe, loaded, weights = load_refiner(args, accelerator.device), None, None, ""
+    drifts = {}
+    for condition in conditions:
+        bar.set_postfix_str(condition.name)
+        if loaded != (condition.unet_source, condition.encoder_source):
+            loaded, pipe = (condition.unet_source, condition.encoder_source), None  # one at a time in memory
+            pipe = load_pipeline(condition, args, accelerator.device)
+            weights = fingerprint(pipe)
+        settings, noise = drawn_with(condition, args, weights), Noise(args, pipe)
+        for share in shares.values():
+            own = [each for each in share if not is_drawn(root / each.file(condition), each, settings)]
+            for first in range(0, len(own), args.batch_size):
+                batch = own[first : first + args.batch_size]
+                images = draw(pipe, refiner, batch, condition.long_prompt, args, noise)
+                for each, image in zip(batch, images, strict=True):
+                    save_image(image, root / each.file(condition), each, args.seed + each.index, settings)
+                bar.update(len(batch))
+        short = [str(prompt.text) for prompt in prompts["short"][: args.num_drift]]
+        if main and short and condition.encoder != BASELINE:
+            file = root / "drift" / f"{condition.name}.json"
+            saved: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"of": None}
+            if saved["of"] != [weights, short]:
+                saved = {"of": [weights, short], "drift": drift(pipe, condition, short, args.seed)}
+                write_json(saved, file)
+            drifts[condition.name] = saved["drift"]
+    bar.close()
+    return drifts
+
+
+def drift(pipe: Any, condition: Condition, short: list[str], seed: int) -> dict[str, list[float]]:
+    """By short prompt, how far the UNet's predictions and the token states lie from those of the stock encoder."""
+    drifts = {"prediction_drift": prediction_drift(pipe, short, condition.long_prompt, seed)}
+    stable_diffusion_xl = hasattr(pipe, "text_encoder_2")
+    for place in ("", "_2") if stable_diffusion_xl else ("",):
+        if condition.long_prompt == "stretch":
+            encoder, stock = (getattr(pipe, f"{which}text_encoder{place}") for which in ("", "stock_"))
+            layer = f"hidden_states[{encoder.config.num_hidden_layers - 1}]"  # what the UNet of SDXL reads
+            found: dict[str, Any] = state_drift(encoder, stock, getattr(pipe, f"tokenizer{place}"), short)
+            drifts[f"state_drift{place}"] = found[layer if stable_diffusion_xl else "last_hidden_state"]["prompt_rms"]
+    return drifts
+
+
+# ------------------------------------------------------------------------------------------------------------ looking
+
+
+def look(eye: Eye, images: list[Image.Image]) -> np.ndarray:
+    """What an eye makes of a batch of images, (N, D) in float32."""
+    return (eye.embed_images(images) if isinstance(eye, Judge) else eye(images)).float().cpu().numpy()
+
+
+def look_at_all(
+    conditions: Sequence[Condition],
+    prompts: dict[str, list[Prompt]],
+    eyes: dict[str, Eye],
+    args: Arguments,
+    accelerator: Accelerator,
+) -> dict[tuple[str, str, str], np.ndarray]:
+    """What every eye makes of every image, (N, D) by eye, condition and kind; each process looks at its share."""
+    main, root = accelerator.is_main_process, args.output_dir
+    seen = {(name, "reference", "long"): np.load(root / "features" / name / "reference.npy") for name in eyes}
+    for condition in tqdm(conditions, "looking", disable=not main):
+        for name, eye in eyes.items():
+            for kind in ("long", "short") if isinstance(eye, Judge) and prompts["short"] else ("long",):
+                files = [root / prompt.file(condition) for prompt in prompts[kind]]
+                cache = root / "features" / name / condition.unet / f"{condition.encoder}-{kind}.npy"
+                newest = max(file.stat().st_mtime for file in files)
+                rows = np.load(cache) if cache.exists() and cache.stat().st_mtime >= newest else ()
+                if len(rows) != len(files):
+                    own = range(accelerator.process_index, len(files), accelerator.num_processes)
+                    found: list[tuple[int, np.ndarray]] = []
+                    for first in range(0, len(own), 32):
+                        part = own[first : first + 32]
+                        found += zip(part, look(eye, [Image.open(files[i]).convert("RGB") for i in part]), strict=True)
+                    rows = np.stack([row for _, row in sorted(gather_object(found), key=lambda pair: pair[0])])
+                    if main:
+                        save_rows(rows, cache)
+                seen[name, condition.name, kind] = np.asarray(rows)
+    return seen
+
+
+def save_rows(rows: np.ndarray, file: Path) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".part")
+    with partial.open("wb") as stream:
+        np.save(stream, rows)
+    partial.rename(file)
+
+
+def write_json(data: Any, file: Path) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".part")
+    partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    partial.rename(file)
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def check_sources(args: Arguments) -> None:
+    """Remembers what each name stands for, and refuses to mix two runs in one folder.
+
+    Raises:
+        ValueError: If an earlier run in the folder meant something else.
+    """
+    file = args.output_dir / "sources.json"
+    own = {"data": args.data, "split": args.split, "seed": str(args.seed)}
+    for kind in ("encoders", "unets", "features", "judges"):
+        own |= {f"{kind} {item.partition('=')[0]}": item for item in getattr(args, kind)}
+    before = json.loads(file.read_text()) if file.exists() else {}
+    for key in own.keys() & before.keys():
+        if own[key] != before[key]:
+            raise ValueError(
+                f"{args.output_dir} was begun with {key} = {before[key]}, not {own[key]}: choose another "
+                "--output_dir, or another name."
+            )
+    write_json(before | own, file)
+
+
+def load_eyes(args: Arguments, device: Any) -> dict[str, Eye]:
+    """Features and judges by name. They come first: what is missing is known before hours of drawing."""
+    eyes: dict[str, Eye] = {}
+    for item in args.features:
+        name, equals, weights = item.partition("=")
+        eyes[name] = load_extractor(name, weights=located(weights) if equals else None, device=device)
+    for name, source in map(named, args.judges):
+        eyes[name] = load_judge(name, source, device)
+    if len(eyes) < len(args.features) + len(args.judges):
+        raise ValueError("two of --features and --judges have one name: call one of them NAME=SOURCE.")
+    return eyes
+
+
+def main(args: Arguments) -> None:
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
+    conditions = read_conditions(args.model, args.encoders, args.unets)
+    eyes = load_eyes(args, accelerator.device)
+    tokenizer = CLIPTokenizer.from_pretrained(located(args.model), subfolder="tokenizer")
+    if accelerator.is_main_process:
+        check_sources(args)
+        read_references(args, eyes)
+    accelerator.wait_for_everyone()
+    prompts = further_prompts(read_references(args, eyes), args, tokenizer)
+    drifts = draw_all(conditions, prompts, args, accelerator)
+    accelerator.wait_for_everyone()
+    seen = look_at_all(conditions, prompts, eyes, args, accelerator)
+    if accelerator.is_main_process:
+        tqdm.write("figures")
+        report = compare(
+            conditions, prompts, eyes, seen, args.output_dir, tokenizer, drifts,
+            subset_size=args.kid_subset_size, resamples=args.num_resamples, num_examples=args.num_examples,
+        )  # fmt: skip
+        n = report["prompts"]["n"]
+        report["prompts"] |= {"source": args.data, "seeds": [args.seed, args.seed + n - 1]}
+        if n < args.num_prompts:
+            report["warnings"] += [f"{args.num_prompts} prompts were asked for; {n} have an image that can be used."]
+        report |= {
+            "title": f"Long prompts on {Path(args.data).name}",
+            "command": " ".join(["python train/evaluate_fid.py", *sys.argv[1:]]),
+            "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()},
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        }
+        write_report(report, args.output_dir)
+        tqdm.write(str(args.output_dir / "report.html"))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    for library in ("finelip_diffusion", "diffusers", "transformers"):  # dropped text is what is measured here
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        arguments = read_arguments(sys.argv[1:])
+        if not start_processes():
+            main(arguments)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{Path(__file__).name}: {error}") from error
