@@ -177,7 +177,7 @@ def references(args: Arguments, log: SkipLog) -> Iterator[tuple[str, str, Image.
         if not example.skipped and example.image_id not in seen:  # it stands in for another, and has its own place
             seen.add(example.image_id)
             yield example.caption, example.name, example.image
-        if len(seen) == args.num_prompts or number > 10 * args.num_prompts:  # a stream that begins anew
+        if len(seen) == args.num_prompts or (stream and number > 10 * args.num_prompts):  # it has begun anew
             return
 
 

@@ -9,7 +9,7 @@ The stages follow the making of Stable Diffusion, then of FineLIP:
 2. `clip`: a 77-token CLIP by InfoNCE. A batch holds groups of near-duplicates (same objects elsewhere; same places,
    other attributes), without which text states forget places, and no UNet can put anything where the text says.
 3. `unet`: v-prediction on the latents, captions cut at 77 tokens.
-4. `long_clip`: positions stretched to 248, InfoNCE on whole captions, token states of short captions kept.
+4. `long_clip`: positions stretched to 248, whole captions, the recipe `finelip_sparc`, by `finetune_encoder.py`.
 5. `adapt`: the UNet goes on with whole captions through the long encoder.
 6. `bundle`: a copy of the folder in half precision, `OUTPUT_DIR/bundled`.
 
@@ -23,6 +23,8 @@ import json
 import math
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +52,6 @@ from transformers import (
     HfArgumentParser,
 )
 
-from finelip_diffusion.positions import KEPT_POSITIONS, merge_positions, stretch_positions
 from finelip_diffusion.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -66,6 +67,7 @@ from finelip_diffusion.scenes import (
 from finelip_diffusion.text_encoder import save_text_encoder
 
 STOCK_LENGTH = 77
+LONG_CLIP_RECIPE = "finelip_sparc"
 COMMON_MERGES = 1500  # merges of CLIP's vocabulary kept for their frequency, beside those that the captions need
 FEW, MANY = (1, 3), (4, 9)  # numbers of objects
 NEEDS = {  # what earlier stages must have left in the output folder
@@ -89,7 +91,7 @@ class Arguments:
     image_steps: int = field(default=1000, metadata={"help": "Steps of 12 groups of eight scenes, image tower."})
     clip_steps: int = field(default=1500, metadata={"help": "Steps of 12 groups of eight scenes."})
     unet_steps: int = field(default=4000, metadata={"help": "Steps of 64 scenes, captions cut at 77 tokens."})
-    long_clip_steps: int = field(default=800, metadata={"help": "Steps of 12 groups of eight scenes, whole captions."})
+    long_clip_steps: int = field(default=800, metadata={"help": "Updates of 12 groups of eight, whole captions."})
     adapt_steps: int = field(default=5000, metadata={"help": "Steps of 64 scenes, whole captions."})
     num_scenes: int = field(default=40_000, metadata={"help": "Training scenes whose latents are kept in memory."})
     checkpointing_steps: int = field(default=500, metadata={"help": "Steps from one checkpoint to the next."})
@@ -503,46 +505,32 @@ def train_unet(args: Arguments) -> None:
 
 
 def train_long_clip(args: Arguments) -> None:
-    """Stage 4. The kept positions are frozen; token states of captions that fit 77 tokens stay near the stock ones."""
-    source = args.output_dir / "clip_model"
-    tokenizer = CLIPTokenizer.from_pretrained(source)
-    stock = CLIPModel.from_pretrained(source, attn_implementation="eager").text_model.eval().requires_grad_(False)
-    clip = stretch_clip(CLIPModel.from_pretrained(source, attn_implementation="eager"))
-    length = clip.config.text_config.max_position_embeddings
-    tokenizer.model_max_length = length
-
-    def loss_at(step: int) -> dict[str, Tensor]:
-        scenes = groups(args, 1_000_000 + step, 12, share_of_few=0.25)
-        input_ids = tokens(tokenizer, [describe(scene, step) for scene in scenes], length)
-        whole = infonce(image_embeddings(clip, scenes), text_embeddings(clip, input_ids), clip.logit_scale)
-        few = [sample_scene(step * 32 + index, num_objects=FEW) for index in range(32)]
-        short_ids = tokens(tokenizer, [describe(scene, step) for scene in few], STOCK_LENGTH)
-        kept = stock(short_ids).last_hidden_state
-        return {"infonce": whole, "kept": F.mse_loss(clip.text_model(short_ids).last_hidden_state, kept)}
-
-    fit("long_clip", clip, loss_at, args.long_clip_steps, 5e-4, args)
-    table = (
-        clip.text_model.embeddings.position_embedding.weight.data
-    )  # weight decay has reached the kept rows: put back
-    table.copy_(merge_positions(stretch_positions(stock.embeddings.position_embedding.weight), table))
-    clip.save_pretrained(args.output_dir / "long_clip_model")
-    tokenizer.save_pretrained(args.output_dir / "long_clip_model")
-    save_text_encoder(text_encoder(clip), tokenizer, args.output_dir / "model" / "finelip", overwrite=True)
-
-
-def stretch_clip(clip: CLIPModel) -> CLIPModel:
-    """Stretches the text positions of a CLIP in place and freezes the rows that it keeps."""
-    embeddings = clip.text_model.embeddings
-    table = stretch_positions(embeddings.position_embedding.weight.data)
-    embeddings.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-    embeddings.register_buffer("position_ids", torch.arange(len(table))[None], persistent=False)
-    clip.config.text_config.max_position_embeddings = len(table)
-
-    def keep(gradient: Tensor) -> Tensor:
-        return gradient.index_fill(0, torch.arange(KEPT_POSITIONS), 0)
-
-    embeddings.position_embedding.weight.register_hook(keep)
-    return clip
+    """Stage 4, by the project's own script."""
+    flags = {
+        "recipe": LONG_CLIP_RECIPE,
+        "pretrained_model_name_or_path": args.output_dir / "clip_model",
+        "train_data": "scenes",
+        "output_dir": args.output_dir / "long_clip",
+        "train_batch_size": 96,
+        "learning_rate": 5e-4,
+        "head_learning_rate": 5e-4,
+        "lr_warmup_steps": min(60, args.long_clip_steps),
+        "max_train_steps": args.long_clip_steps,
+        "length_bucketing": True,
+        "mixed_precision": args.mixed_precision,
+        "checkpointing_steps": args.checkpointing_steps,
+        "checkpoints_total_limit": 1,
+        "resume_from_checkpoint": "latest",
+        "seed": args.seed,
+    }
+    script = Path(__file__).with_name("finetune_encoder.py")
+    command = [sys.executable, script, *(word for name, value in flags.items() for word in (f"--{name}", value))]
+    if status := subprocess.run([str(word) for word in command]).returncode:
+        raise SystemExit(status)
+    for part in ("text_encoder", "tokenizer"):
+        folder = args.output_dir / "model" / "finelip" / part
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(args.output_dir / "long_clip" / part, folder)
 
 
 def train_adapt(args: Arguments) -> None:
