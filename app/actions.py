@@ -1,7 +1,6 @@
 """What happens when somebody types, clicks or calls: between the page's components and the studio."""
 
 import logging
-import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import gradio as gr
 import panels
 from gradio.processing_utils import save_bytes_to_cache
 from keepsake import settings_of, to_png
-from studio import BOUNDS, MAX_KEPT, Picture, Settings, Step, Stopped, Studio, Visit, checked_text
+from studio import MAX_KEPT, Picture, Settings, Step, Stopped, Studio, Visit, checked_text, new_seed
 
 from finelip_diffusion.prompts import sentence_spans
 from finelip_diffusion.scenes import find_facts, read
@@ -94,7 +93,7 @@ class Actions:
         """Yields (stage, pictures, kept, seed, which, sentences), step by step."""
         with readable():
             settings = Settings(
-                prompt, negative_prompt, steps, guidance_scale, seed if keep_seed else random.randint(*BOUNDS["seed"][:2]),
+                prompt, negative_prompt, steps, guidance_scale, seed if keep_seed else new_seed(),
                 num_images, long_prompt, width or None, height or None,
             )  # fmt: skip
             visit, stop = self._begin(request)
@@ -128,10 +127,10 @@ class Actions:
     ) -> Iterator[tuple]:
         """Yields (stage, three pictures, verdict, kept, seed, which, sentences), step by step."""
         with readable():
-            seed = seed if keep_seed else random.randint(*BOUNDS["seed"][:2])
             settings = Settings(
-                prompt, negative_prompt, steps, guidance_scale, seed, width=width or None, height=height or None
-            )
+                prompt, negative_prompt, steps, guidance_scale, seed if keep_seed else new_seed(),
+                width=width or None, height=height or None,
+            )  # fmt: skip
             visit, stop = self._begin(request)
             pictures: dict[str, Picture] = {}
             files: list[Any] = [None] * 3

@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
         actions = Actions(studio, name, demo.GRADIO_CACHE)
         with gr.Column():
             gr.HTML(
-                "<h1>Long prompts, seen</h1><p class='lead'>Stable Diffusion reads 77 tokens of a prompt and drops the "
-                f"rest. FineLIP reads 248. Model: <code>{panels.escape(name)}</code></p>"
+                "<h1>Long prompts, seen</h1><p class='lead'>Stable Diffusion reads 77 tokens of a prompt and drops "
+                f"the rest. FineLIP reads 248. Model: <code>{escape(name)}</code></p>"
             )
             banner = gr.HTML()
         with gr.Row():
@@ -165,14 +166,20 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                         )
                     with gr.Tab("Kept", id="kept"):
                         kept = gr.Gallery(
-                            label="Pictures of this visit", format="png", columns=4, height="auto", elem_id="kept", buttons=BUTTONS,
-                            object_fit="contain", interactive=False,
+                            label="Pictures of this visit", format="png", columns=4, height="auto", elem_id="kept",
+                            buttons=BUTTONS, object_fit="contain", interactive=False,
                         )  # fmt: skip
                         file = gr.File(
                             label="Drop a saved PNG here to bring its prompt and settings back", type="binary",
                             file_types=[".png"], height=120, elem_id="file",
                         )  # fmt: skip
                         restored = gr.HTML(elem_id="restored")
+
+        # First, because gradio numbers the names of later events that are called the same.
+        gr.api(actions.api_describe, api_name="describe", queue=False)
+        for call, api_name in ((actions.api_draw, "draw"), (actions.api_compare, "compare")):
+            gr.api(call, api_name=api_name, concurrency_id=MODEL, concurrency_limit=1)
+        gr.api(actions.api_listen, api_name="listen", queue=False)
 
         page: dict[str, Any] = {"api_visibility": "private"}
         values = [prompt, negative, steps, guidance, seed, keep_seed, number, strategy, width, height]
@@ -202,10 +209,6 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
         file.upload(actions.restore, file, [*values, restored], queue=False, **page).then(**measured)
         demo.load(actions.greet, None, banner, show_progress="hidden", **page).then(**measured)
         demo.unload(actions.leave)
-        gr.api(actions.api_describe, api_name="describe", queue=False)
-        for call, api_name in ((actions.api_draw, "draw"), (actions.api_compare, "compare")):
-            gr.api(call, api_name=api_name, concurrency_id=MODEL, concurrency_limit=1)
-        gr.api(actions.api_listen, api_name="listen", queue=False)
     return demo.queue(max_size=max_queue, api_open=False)
 
 

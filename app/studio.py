@@ -3,6 +3,7 @@
 import logging
 import math
 import queue
+import random
 import threading
 import time
 from collections import OrderedDict
@@ -96,12 +97,12 @@ def checked_text(text: Any, name: str) -> str:
 def checked_number(value: Any, name: str) -> float:
     """A number within its bounds; whole where it has to be."""
     least, greatest, multiple = BOUNDS[name]
-    shown = name.replace("_", " ").replace("num images", "number of images")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"The {shown} is no number: give one from {least} to {greatest}.")
+    kind = {0: "number", 1: "whole number"}.get(multiple, f"multiple of {multiple}")
+    label = name.replace("_", " ").capitalize()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+        raise ValueError(f"{label} is no number: choose a {kind} from {least} to {greatest}.")
     if not least <= value <= greatest or (multiple and value % multiple):
-        steps = f" in steps of {multiple}" if multiple > 1 else ", a whole number" if multiple else ""
-        raise ValueError(f"The {shown} is {value:g}, but must be {least} to {greatest}{steps}.")
+        raise ValueError(f"{label} cannot be {str(value)[:20]}: choose a {kind} from {least} to {greatest}.")
     return int(value) if multiple else float(value)
 
 
@@ -217,6 +218,7 @@ class Studio:
             raise ValueError(
                 f"This model draws at {IMAGE_SIZE} x {IMAGE_SIZE} pixels alone: leave width and height out."
             )
+        checked_number(settings.seed + settings.num_images - 1, "seed")
         for number in range(settings.num_images):
             yield from self._draw(replace(settings, seed=settings.seed + number, num_images=1), stop)
 
@@ -278,12 +280,18 @@ class Studio:
 def preview(pipe: Any, latents: torch.Tensor) -> Image.Image:
     """What the latents of a drawing under way look like."""
     vae = pipe.vae
-    dtype = vae.dtype
-    if getattr(vae.config, "force_upcast", False):  # in half precision SDXL's autoencoder gives black images
+    half = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if half:  # in this precision SDXL's autoencoder gives black images
         vae.to(torch.float32)
     image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-    vae.to(dtype)
+    if half:
+        vae.to(torch.float16)
     return pipe.image_processor.postprocess(image)[0]
+
+
+def new_seed() -> int:
+    """Any seed, such that `MAX_IMAGES` of them can follow each other."""
+    return random.randrange(int(BOUNDS["seed"][1]) - MAX_IMAGES)
 
 
 def as_settings(values: dict[str, Any]) -> Settings:
