@@ -52,14 +52,14 @@ class Actions:
 
     # ------------------------------------------------------------------------------------------------------ the page
 
-    def greet(self) -> str:
+    def greet(self) -> Any:
         """Loads the model when a page opens, and says whether that worked."""
         try:
             with readable():
                 _ = self.studio.pipe
         except gr.Error as error:
-            return panels.note(f"The model could not be loaded: {error.message}")
-        return ""
+            return gr.HTML(panels.note(f"The model could not be loaded: {error.message}"), visible=True)
+        return gr.skip()
 
     def meter(self, prompt: str, negative_prompt: str) -> tuple[str, str, str]:
         """What is read of the prompts, while somebody types."""
@@ -151,9 +151,10 @@ class Actions:
             which, sentences = self._to_listen(pictures, list(pictures)[-1])
             yield note, *files, self._verdict(settings.prompt, pictures), visit.kept, settings.seed, which, sentences
 
-    def stop(self, request: gr.Request) -> None:
+    def stop(self, request: gr.Request) -> str:
         """Ends what this window draws, after the step that is under way."""
         self.studio.visit(request.session_hash).stop.set()
+        return panels.note("Stopped.")
 
     def choose(self, which: str, request: gr.Request) -> tuple[str, None, str]:
         """Another picture to listen to: its (sentences, no overlay, no words)."""

@@ -38,6 +38,9 @@ document.addEventListener('keydown', event => {
 });
 </script>
 """
+TO_STAGE = (
+    "() => { document.querySelector('#stage').scrollIntoView({ block: 'nearest', behavior: 'smooth' }); return []; }"
+)
 CLICKED_SENTENCE = """
 element.addEventListener('click', event => {
   const button = event.target.closest('[data-sentence]');
@@ -86,24 +89,24 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                 "<h1>Long prompts, seen</h1><p class='lead'>Stable Diffusion reads 77 tokens of a prompt and drops "
                 f"the rest. FineLIP reads 248. Model: <code>{escape(name)}</code></p>"
             )
-            banner = gr.HTML()
+            banner = gr.HTML(visible=False)
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 prompt = gr.Textbox(
                     label="Prompt", lines=7, max_lines=18, elem_id="prompt", placeholder="What shall it show?"
                 )
                 meter = gr.HTML(elem_id="meter")
+                with gr.Row():
+                    draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
+                    compare = gr.Button("Compare", elem_id="compare", min_width=80)
+                    stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
+                gr.HTML("<p class='hint'>Ctrl + Enter draws. Compare draws three times, from the same noise.</p>")
                 reading = gr.HTML(elem_id="reading")
                 examples = tryouts.SCENES if scenes else tryouts.PICTURES
                 tries = gr.Dataset(
                     components=[prompt], samples=[[text] for text in examples.values()], type="index",
                     label="Examples", sample_labels=list(examples), elem_id="examples",
                 )  # fmt: skip
-                with gr.Row():
-                    draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
-                    compare = gr.Button("Compare", elem_id="compare", min_width=100)
-                    stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
-                gr.HTML("<p class='hint'>Ctrl + Enter draws. Compare draws three times, from the same noise.</p>")
                 negative = gr.Textbox(label="Negative prompt", lines=2, elem_id="negative")
                 negative_meter = gr.HTML(elem_id="negative-meter")
                 with gr.Accordion("Settings", open=True):
@@ -117,11 +120,9 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                             0, 20, value=GUIDANCE_SCALES[scenes], step=0.5, label="Guidance", elem_id="guidance"
                         )
                     with gr.Row():
-                        seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120)
-                        keep_seed = gr.Checkbox(True, label="Keep this seed", elem_id="keep-seed", min_width=120)
-                        number = gr.Slider(
-                            1, MAX_IMAGES, value=1, step=1, label="Pictures", elem_id="number", min_width=120
-                        )
+                        seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
+                        number = gr.Slider(1, MAX_IMAGES, value=1, step=1, label="Pictures", elem_id="number")
+                    keep_seed = gr.Checkbox(True, label="Keep this seed", elem_id="keep-seed")
                     with gr.Row(visible=not scenes):
                         width = gr.Number(
                             None, label="Width in pixels (empty: the model's)", precision=0, elem_id="width"
@@ -129,12 +130,14 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                         height = gr.Number(
                             None, label="Height in pixels (empty: the model's)", precision=0, elem_id="height"
                         )
-            with gr.Column(scale=6, min_width=320, elem_classes=["small-pictures"] if scenes else []):
+            with gr.Column(
+                scale=6, min_width=320, elem_classes=["results", "small-pictures"] if scenes else ["results"]
+            ):
                 stage = gr.HTML(panels.note("Nothing is being drawn."), elem_id="stage", min_height=32)
                 with gr.Tabs(elem_id="tabs") as tabs:
                     with gr.Tab("Drawn", id="drawn"):
                         drawn = gr.Gallery(
-                            label="Drawn", format="png", columns=2, height="auto", elem_id="drawn", buttons=BUTTONS,
+                            label="Drawn", format="png", preview=True, height=520, elem_id="drawn", buttons=BUTTONS,
                             object_fit="contain", interactive=False,
                         )  # fmt: skip
                     with gr.Tab("Compared", id="compared"):
@@ -171,7 +174,7 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                         )  # fmt: skip
                         file = gr.File(
                             label="Drop a saved PNG here to bring its prompt and settings back", type="binary",
-                            file_types=[".png"], height=120, elem_id="file",
+                            file_types=[".png"], height=180, elem_id="file",
                         )  # fmt: skip
                         restored = gr.HTML(elem_id="restored")
 
@@ -194,16 +197,18 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
         listening = [which, sentences]
         gr.on([prompt.input, negative.input], trigger_mode="always_last", **measured)
         tries.click(lambda index: list(examples.values())[index], tries, prompt, queue=False, **page).then(**measured)
-        drawing = draw.click(lambda: gr.Tabs(selected="drawn"), None, tabs, queue=False, **page).then(
+        drawing = draw.click(lambda: gr.Tabs(selected="drawn"), None, tabs, queue=False, js=TO_STAGE, **page).then(
             actions.draw, values, [stage, drawn, kept, seed, *listening], **waiting
         )
-        comparing = compare.click(lambda: gr.Tabs(selected="compared"), None, tabs, queue=False, **page).then(
+        comparing = compare.click(
+            lambda: gr.Tabs(selected="compared"), None, tabs, queue=False, js=TO_STAGE, **page
+        ).then(
             actions.compare,
             [prompt, negative, steps, guidance, seed, keep_seed, width, height],
             [stage, *compared, verdict, kept, seed, *listening],
             **waiting,
         )
-        stop.click(actions.stop, queue=False, cancels=[drawing, comparing], **page)
+        stop.click(actions.stop, None, stage, queue=False, cancels=[drawing, comparing], **page)
         which.input(actions.choose, which, [sentences, heat, heard], queue=False, **page)
         sentences.select(actions.hear, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
         file.upload(actions.restore, file, [*values, restored], queue=False, **page).then(**measured)
@@ -218,8 +223,8 @@ def main() -> None:
     parser.add_argument("--finelip", help="a long text encoder: folder, hub id or checkpoint file")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: this one alone)")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--host", help="0.0.0.0 lets other machines in (default: $GRADIO_SERVER_NAME, else 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="(default: $GRADIO_SERVER_PORT, else the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="a public link through gradio's servers")
     parser.add_argument("--max_queue", type=int, default=MAX_QUEUE, help="requests that may wait")
     args = parser.parse_args()

@@ -1,6 +1,5 @@
 """The page without a browser: settings, drawing step by step, PNGs that remember, its API, and what it survives."""
 
-import gc
 import json
 import math
 import os
@@ -13,20 +12,18 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
-pytest.importorskip("gradio", reason='the page needs gradio: pip install -e ".[app]"')
 import keepsake
+import numpy as np
 import panels
+import pytest
 import studio
+import torch
 import tryouts
 from actions import readable
 from gradio import Error
 from gradio_client import Client
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import app
 from finelip_diffusion import FineLIPStableDiffusionPipeline
@@ -418,28 +415,13 @@ def test_two_clients_hear_their_own_pictures(page, client):
     assert client.predict(sentence=0, api_name="/listen")["sentence"] == "A red star."
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
-def test_20_clients_at_once_lose_nothing(page):
-    """200 requests, one step each; the memory that the second hundred adds is next to nothing."""
-    clients = [Client(page, verbose=False) for _ in range(20)]
-
-    def work(number: int) -> int:
-        files = clients[number].predict(prompt=f"A small red star. {number}", steps=1, seed=number, api_name="/draw")
-        return keepsake.settings_of(Path(files[0]).read_bytes())[0].seed
-
-    used = []
-    for _ in range(2):
-        with ThreadPoolExecutor(20) as pool:
-            seeds = list(pool.map(work, [*range(20)] * 5))
-        assert seeds == [*range(20)] * 5
-        gc.collect()
-        used.append(resident())
-    assert used[1] - used[0] < 30e6, used  # the pages of 100 pictures, had they been kept, and their maps
+def test_many_clients_at_once_lose_nothing():
+    """The script that measures 20 clients and 200 requests for docs/app.md, with fewer requests."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "page_load.py"), "--clients", "20", "--requests", "40"]
+    figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=280).stdout)
+    assert figures["lost"] == 0
+    assert figures["server_MB"]["after all"] - figures["server_MB"]["after half of them"] < 30
 
 
 def test_a_full_queue_says_so(pipe):
@@ -473,3 +455,33 @@ def test_time_is_counted_for_drawing_not_for_waiting(room):
         waiting = ThreadPoolExecutor(1).submit(list, drawing)
         time.sleep(1)
     assert waiting.result()[-1].seconds < 1
+
+
+def test_a_space_runs_as_it_is_gathered(tmp_path):
+    """From a folder of its own, the package beside the page; it needs what the package does and gradio."""
+    subprocess.run(["make", "space"], cwd=ROOT, check=True, capture_output=True)
+    space = tmp_path / "space"
+    (ROOT / "build" / "space").rename(space)
+    front = (space / "README.md").read_text().split("---")[1]
+    assert "sdk: gradio" in front
+    assert "app_file: app.py" in front
+    project = (ROOT / "pyproject.toml").read_text()
+    declared = project.split("\ndependencies = [")[1].split("]")[0].replace('"', "").replace(",", "").split()
+    assert (space / "requirements.txt").read_text().split() == declared
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    code = (
+        "import runpy, finelip_diffusion; print(finelip_diffusion.__file__); runpy.run_path('app.py')['build_demo'](0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=space, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(space / "finelip_diffusion" / "__init__.py")
+
+
+def test_the_example_of_the_documentation_runs(page, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "app.md").read_text(encoding="utf-8")
+    code = text.split("from gradio_client import Client", 1)[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(
+        "from gradio_client import Client" + code.replace("http://127.0.0.1:7860", page).replace("steps=20", "steps=1")
+    )
