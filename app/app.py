@@ -25,7 +25,7 @@ from studio import BOUNDS, MAX_IMAGES, Studio
 
 MAX_QUEUE = 40  # requests that wait at once
 MODEL = "model"  # the queue in which everybody waits for the pipeline
-BUTTONS = ["download", "fullscreen"]  # of a picture; gradio's own set has one that publishes it
+BUTTONS: Any = ["download", "fullscreen"]  # of a picture; gradio's own set has one that publishes it
 GUIDANCE_SCALES = {True: 3.0, False: 7.5}  # by whether the model draws scenes
 
 SHORTCUT = """
@@ -115,7 +115,7 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                         label="How the prompt is read", elem_id="strategy",
                     )  # fmt: skip
                     with gr.Row():
-                        steps = gr.Slider(*BOUNDS["steps"][:2], value=20, step=1, label="Steps", elem_id="steps")
+                        steps = gr.Slider(1, BOUNDS["steps"][1], value=20, step=1, label="Steps", elem_id="steps")
                         guidance = gr.Slider(
                             0, 20, value=GUIDANCE_SCALES[scenes], step=0.5, label="Guidance", elem_id="guidance"
                         )
@@ -195,8 +195,8 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
             "preprocess": False, **page,
         }  # fmt: skip
         listening = [which, sentences]
-        gr.on([prompt.input, negative.input], trigger_mode="always_last", **measured)
-        tries.click(lambda index: list(examples.values())[index], tries, prompt, queue=False, **page).then(**measured)
+        gr.on([prompt.change, negative.change], trigger_mode="always_last", **measured)
+        tries.click(lambda index: list(examples.values())[index], tries, prompt, queue=False, **page)
         drawing = draw.click(lambda: gr.Tabs(selected="drawn"), None, tabs, queue=False, js=TO_STAGE, **page).then(
             actions.draw, values, [stage, drawn, kept, seed, *listening], **waiting
         )
@@ -211,7 +211,7 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
         stop.click(actions.stop, None, stage, queue=False, cancels=[drawing, comparing], **page)
         which.input(actions.choose, which, [sentences, heat, heard], queue=False, **page)
         sentences.select(actions.hear, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
-        file.upload(actions.restore, file, [*values, restored], queue=False, **page).then(**measured)
+        file.upload(actions.restore, file, [*values, restored], queue=False, **page)
         demo.load(actions.greet, None, banner, show_progress="hidden", **page).then(**measured)
         demo.unload(actions.leave)
     return demo.queue(max_size=max_queue, api_open=False)
