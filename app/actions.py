@@ -111,7 +111,8 @@ class Actions:
             drawn = self._keep(visit, pictures)
             seconds = sum(picture.seconds for picture in pictures.values())
             which, sentences = self._to_listen(pictures)
-            yield panels.note(f"Drawn in {seconds:.1f} s."), drawn, visit.kept, settings.seed, which, sentences
+            shown = gr.Gallery(drawn, selected_index=0)
+            yield panels.note(f"Drawn in {seconds:.1f} s."), shown, visit.kept, settings.seed, which, sentences
 
     def compare(
         self,

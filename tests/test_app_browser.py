@@ -122,10 +122,10 @@ def test_type_read_draw_compare_listen_and_bring_back(browser, url, width, tmp_p
 
     # Keep: what was drawn first comes back from its PNG.
     page.get_by_role("tab", name="Kept").click()
-    expect(page.locator("#kept img")).to_have_count(4)
+    expect(page.locator("#kept .thumbnail-item img")).to_have_count(4)
     page.get_by_role("tab", name="Drawn").click()
     with page.expect_download() as download:
-        page.locator("#drawn a[download]").first.click()
+        page.locator("#drawn").get_by_label("Download").click()
     file = tmp_path / "drawn.png"
     download.value.save_as(file)
     type_prompt(page, "something else")
