@@ -169,12 +169,13 @@ class Actions:
             overlay, words = self._listen(picture, number)
             return panels.sentences(picture, number), overlay, words
 
-    def restore(self, file: bytes | None) -> tuple:
+    def restore(self, file: bytes) -> tuple:
         """A PNG was dropped: the settings that it was drawn with, and a line about them."""
-        if file is None:
-            return *[gr.skip()] * 10, ""
-        with readable():
-            settings, model = settings_of(file)
+        try:
+            with readable():
+                settings, model = settings_of(file)
+        except gr.Error as error:
+            return *[gr.skip()] * 10, panels.note(error.message)
         size = (None, None) if self.studio.scenes else (settings.width, settings.height)
         text = "Everything is as it was when this picture was drawn."
         if model != self.name:

@@ -209,9 +209,9 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
             **waiting,
         )
         stop.click(actions.stop, None, stage, queue=False, cancels=[drawing, comparing], **page)
-        which.input(actions.choose, which, [sentences, heat, heard], queue=False, **page)
+        which.input(actions.choose, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
         sentences.select(actions.hear, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
-        file.upload(actions.restore, file, [*values, restored], queue=False, **page)
+        file.upload(actions.restore, file, [*values, restored], queue=False, show_progress="hidden", **page)
         demo.load(actions.greet, None, banner, show_progress="hidden", **page).then(**measured)
         demo.unload(actions.leave)
     return demo.queue(max_size=max_queue, api_open=False)
