@@ -8,7 +8,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 CODE := $(wildcard finelip_diffusion pipelines train app examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quality lint types style clean
+.PHONY: help demo app space test quality lint types style clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '@' 2>/dev/null \
@@ -16,6 +16,16 @@ help: ## list the targets
 
 demo: $(VENV)/.installed-core ## draw one long prompt with the bundled model, into demo.png
 	$(OFFLINE) $(PY) examples/demo.py
+
+app: $(VENV)/.installed-app ## open the page on http://127.0.0.1:7860
+	$(OFFLINE) $(PY) app/app.py
+
+space: ## gather a Hugging Face Space in build/space
+	rm -rf build/space
+	mkdir -p build/space
+	cp -r app/. build/space/
+	cp -r finelip_diffusion build/space/
+	find build/space -name __pycache__ -type d -prune -exec rm -rf {} +
 
 test: $(VENV)/.installed-dev ## run the test suite
 	$(OFFLINE) $(PY) -m pytest --numprocesses 2 --dist loadfile
@@ -50,6 +60,10 @@ $(VENV)/.installed-core: pyproject.toml | $(PY)
 	$(PY) -m pip install --disable-pip-version-check -e .
 	@touch $@
 
+$(VENV)/.installed-app: pyproject.toml | $(PY)
+	$(PY) -m pip install --disable-pip-version-check -e '.[app]'
+	@touch $(VENV)/.installed-core $@
+
 $(VENV)/.installed-dev: pyproject.toml | $(PY)
 	$(PY) -m pip install --disable-pip-version-check -e '.[dev]'
-	@touch $(VENV)/.installed-core $@
+	@touch $(VENV)/.installed-core $(VENV)/.installed-app $@

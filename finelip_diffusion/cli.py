@@ -242,8 +242,30 @@ def _check_writable(folder: Path) -> None:
         pass
 
 
-def _pipeline(args: argparse.Namespace):
-    """The pipeline of the model's kind, on the device."""
+def load_pipeline(
+    model: str | None = None,
+    finelip: str | None = None,
+    *,
+    long_prompt: str = "stretch",
+    dtype: str = "float32",
+    device: str | None = None,
+):
+    """Loads the pipeline of a model's kind, on its device.
+
+    Args:
+        model: Folder or hub id of a Stable Diffusion or an SDXL; None is the bundled model.
+        finelip: A long text encoder: folder, hub id or checkpoint file.
+        long_prompt: How prompts are read.
+        dtype: Name of the weights' type.
+        device: Name of a device; None is a GPU of CUDA where there is one.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        ValueError: If the model is of another kind, or the encoder does not fit it.
+        OSError: If one of them is missing.
+    """
     import diffusers
     import torch
     import transformers
@@ -258,14 +280,18 @@ def _pipeline(args: argparse.Namespace):
         "StableDiffusionXLPipeline": FineLIPStableDiffusionXLPipeline,
     }
     kind = "StableDiffusionPipeline"
-    if args.model is not None:
-        kind = diffusers.DiffusionPipeline.load_config(args.model).get("_class_name")
+    if model is not None:
+        kind = diffusers.DiffusionPipeline.load_config(model).get("_class_name")
     if kind not in classes:
-        raise ValueError(f"{args.model} is a {kind}: give a model of {' or '.join(classes)}.")
+        raise ValueError(f"{model} is a {kind}: give a model of {' or '.join(classes)}.")
     pipe = classes[kind].from_pretrained(
-        args.model, finelip=args.finelip, long_prompt=args.long_prompt, torch_dtype=getattr(torch, args.dtype)
+        model, finelip=finelip, long_prompt=long_prompt, torch_dtype=getattr(torch, dtype)
     )
-    return pipe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _pipeline(args: argparse.Namespace):
+    return load_pipeline(args.model, args.finelip, long_prompt=args.long_prompt, dtype=args.dtype, device=args.device)
 
 
 def _write_image(image: Any, path: Path, metadata: dict[str, Any]) -> None:

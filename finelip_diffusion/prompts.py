@@ -32,6 +32,7 @@ class Reading:
         spans: The content, span by span, window by window.
         dropped: The end of the prompt that no window holds, letter by letter; empty when nothing is dropped.
         span_length: Token states of each span, or None where a span is as long as its windows make it.
+        offsets: First and last (exclusive) character of each token of the prompt, dropped ones included.
     """
 
     encoder: str
@@ -40,6 +41,7 @@ class Reading:
     spans: tuple[tuple[Window, ...], ...] = field(repr=False)
     dropped: str = ""
     span_length: int | None = None
+    offsets: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
     @property
     def windows(self) -> tuple[Window, ...]:
@@ -55,6 +57,16 @@ class Reading:
     def length(self) -> int:
         """Token states that the UNet gets, before they are balanced with other prompts of the call."""
         return sum(self.span_length or self.window_length + sum(map(len, span[:-1])) for span in self.spans)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Where among the token states the UNet gets each token that is read, in the order of the tokens."""
+        positions: list[int] = []
+        first = 0
+        for span in self.spans:
+            positions += range(first + 1, first + 1 + sum(map(len, span)))
+            first += self.span_length or self.window_length + sum(map(len, span[:-1]))
+        return tuple(positions)
 
     def __str__(self) -> str:
         sizes = [str(len(window)) for window in self.windows]
@@ -147,13 +159,19 @@ def read_prompt(
         spans = [tuple(_pieces(span, size)) for span in _pieces(ids, span_length - 2)]
     else:
         spans = [(window,) for window in _pieces(ids, size)]
-    return Reading(encoder, len(ids), tokenizer.model_max_length, tuple(spans), dropped, span_length)
+    bounds = tuple((start, stop) for start, stop in offsets)
+    return Reading(encoder, len(ids), tokenizer.model_max_length, tuple(spans), dropped, span_length, bounds)
+
+
+def sentence_spans(prompt: str) -> list[tuple[int, int]]:
+    """First and last (exclusive) character of each sentence that is more than white space."""
+    spans = [(boundary["start_index"], boundary["end_index"]) for boundary in get_sentence_boundaries("en", prompt)]
+    return [(start, stop) for start, stop in spans if prompt[start:stop].strip()]
 
 
 def sentence_bounds(prompt: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Bounds of each sentence, counted in tokens: a token belongs to the sentence in which it begins."""
-    starts = [boundary["start_index"] for boundary in get_sentence_boundaries("en", prompt)]
-    firsts = [bisect_left(offsets, (start, 0)) for start in starts[1:]]
+    firsts = [bisect_left(offsets, (start, 0)) for start, _ in sentence_spans(prompt)[1:]]
     return [(first, stop) for first, stop in pairwise([0, *firsts, len(offsets)]) if first < stop]
 
 

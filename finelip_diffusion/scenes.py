@@ -8,6 +8,7 @@ import functools
 import hashlib
 import math
 import random
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -224,6 +225,51 @@ def describe(scene: Scene, seed: int = 0, like: Scene | None = None) -> Caption:
         fact = fact.replace(" a orange", " an orange").replace("A orange", "An orange")
         facts.append(Fact(item, len(text) + 1, len(text) + 1 + len(fact)))
         text += " " + fact + rng.choice(ENDINGS)
+    caption = Caption(text)
+    caption.facts = tuple(facts)
+    return caption
+
+
+@functools.cache
+def _words() -> dict[str, dict[str, Any]]:
+    """What each attribute may be called in a caption, in small letters: the name, and the value that it names."""
+    places = {phrase: cell for cell, phrases in enumerate(PLACES) for phrase in phrases}
+    for cell in range(9):
+        row, column = divmod(cell, 3)
+        places[f"in the {ROWS[row][0]} row and the {COLUMNS[column]} column"] = cell
+    return {
+        "shape": {shape: shape for shape in SHAPES},
+        "colour": {colour: colour for colour in COLOURS},
+        "size": {word: size for size, words in SIZE_WORDS.items() for word in words},
+        "cell": places,
+    }
+
+
+def find_facts(text: str) -> Caption:
+    """Finds what a text in the words of this world says, whoever wrote it.
+
+    A sentence states a fact if it names one shape, one colour, one size and one place, each once, in any order. Other
+    sentences state none.
+
+    Args:
+        text: A prompt, such as a caption that somebody has changed.
+
+    Returns:
+        The text with its facts. For a caption of `describe` they are of the same objects and end where its own do.
+    """
+    facts = []
+    for sentence in re.finditer(r"[^.!?]+", text):
+        named: dict[str, Any] = {}
+        bounds: list[int] = []
+        for attribute, names in _words().items():
+            pattern = r"\b(?:" + "|".join(map(re.escape, names)) + r")\b"
+            matches = list(re.finditer(pattern, sentence[0], re.IGNORECASE))
+            if len(matches) == 1:
+                named[attribute] = names[matches[0][0].lower()]
+                bounds += matches[0].span()
+        if len(named) == 4:
+            start = sentence.start()
+            facts.append(Fact(Object(**named), start + min(bounds), start + max(bounds)))
     caption = Caption(text)
     caption.facts = tuple(facts)
     return caption

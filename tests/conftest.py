@@ -2,8 +2,10 @@
 
 import copy
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -28,6 +30,21 @@ def one_thread() -> None:
     """Here and in the processes that tests start: sums over several threads may round otherwise."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, driven by Playwright. Where there is none, tests are skipped; in `.ci/run` they fail."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        missing = "this test drives a real browser: apt install chromium"
+        pytest.fail(missing) if os.environ.get("FINELIP_NEEDS_BROWSER") else pytest.skip(missing)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=chromium, args=flags) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="session")

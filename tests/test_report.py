@@ -4,7 +4,6 @@ import base64
 import copy
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +13,6 @@ import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from finelip_diffusion.report import LARGEST_PICTURE, MARKERS, markdown, tables, verdict, write_report
 from finelip_diffusion.scenes import render, sample_scene, vary
@@ -375,19 +373,15 @@ def test_an_encoder_has_one_colour_everywhere(report: dict, tmp_path: Path) -> N
     assert "#0e0e" not in source and "#010101" not in source
 
 
-def test_the_page_fits_a_phone_and_asks_for_nothing(report: dict, tmp_path: Path) -> None:
+def test_the_page_fits_a_phone_and_asks_for_nothing(report: dict, tmp_path: Path, browser: Any) -> None:
     """In a real browser, 375 pixels wide: only tables scroll sideways, in their own boxes."""
-    browser = shutil.which("chromium")
-    assert browser, "this test drives a real browser: install it with `apt install chromium`."
     write_report(report, tmp_path)
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as started, started.chromium.launch(executable_path=browser, args=arguments) as driver:
-        view = driver.new_page(viewport={"width": 375, "height": 800})
-        asked: list[str] = []
-        view.on("request", lambda request: asked.append(request.url))
-        view.goto((tmp_path / "report.html").as_uri())
-        assert view.evaluate("document.documentElement.scrollWidth") == 375
-        assert view.evaluate("[...document.querySelectorAll('.box')].some(box => box.scrollWidth > box.clientWidth)")
-        assert view.locator("svg").count() == 2 and view.locator("svg").first.bounding_box()["width"] > 280
-        assert view.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
-        assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    view = browser.new_page(viewport={"width": 375, "height": 800})
+    asked: list[str] = []
+    view.on("request", lambda request: asked.append(request.url))
+    view.goto((tmp_path / "report.html").as_uri())
+    assert view.evaluate("document.documentElement.scrollWidth") == 375
+    assert view.evaluate("[...document.querySelectorAll('.box')].some(box => box.scrollWidth > box.clientWidth)")
+    assert view.locator("svg").count() == 2 and view.locator("svg").first.bounding_box()["width"] > 280
+    assert view.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []

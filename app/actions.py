@@ -1,0 +1,320 @@
+"""What happens when somebody types, clicks or calls: between the page's components and the studio."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import panels
+from gradio.processing_utils import save_bytes_to_cache
+from keepsake import settings_of, to_png
+from studio import MAX_KEPT, Picture, Settings, Step, Stopped, Studio, Visit, checked_text, new_seed
+
+from finelip_diffusion.prompts import sentence_spans
+from finelip_diffusion.scenes import find_facts, read
+
+logger = logging.getLogger("finelip_diffusion.app")
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Turns whatever goes wrong into a message that the page shows; what nobody foresaw goes to the log as well."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
+    except MemoryError as error:
+        raise gr.Error("There is not enough memory for this: draw fewer or smaller pictures.") from error
+    except Exception as error:
+        if "out of memory" in str(error):
+            raise gr.Error("The GPU has not enough memory for this: draw fewer or smaller pictures.") from error
+        logger.exception("a request failed")
+        raise gr.Error(f"That did not work ({type(error).__name__}); the server's log says more.") from error
+
+
+class Actions:
+    """The page's events and its API; each method is one.
+
+    Args:
+        studio: Draws.
+        name: The model's name, for people and for PNGs.
+        cache: Folder from which gradio serves files.
+    """
+
+    def __init__(self, studio: Studio, name: str, cache: str) -> None:
+        self.studio, self.name, self.cache = studio, name, cache
+
+    # ------------------------------------------------------------------------------------------------------ the page
+
+    def greet(self) -> Any:
+        """Loads the model when a page opens, and says whether that worked."""
+        try:
+            with readable():
+                _ = self.studio.pipe
+        except gr.Error as error:
+            return gr.HTML(panels.note(f"The model could not be loaded: {error.message}"), visible=True)
+        return gr.skip()
+
+    def meter(self, prompt: str, negative_prompt: str) -> tuple[str, str, str]:
+        """What is read of the prompts, while somebody types."""
+        try:
+            with readable():
+                prompt, negative_prompt = (
+                    checked_text(prompt, "prompt"),
+                    checked_text(negative_prompt, "negative prompt"),
+                )
+                stock = self.studio.describe(prompt, "truncate").readings[0]
+                long = self.studio.describe(prompt, "stretch").readings[0]
+                negative = self.studio.describe(negative_prompt, "stretch").readings[0]
+        except gr.Error as error:
+            return panels.note(error.message), "", ""
+        return panels.meter(stock, long), panels.reading(prompt, stock, long), panels.negative_meter(negative)
+
+    def draw(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        steps: float,
+        guidance_scale: float,
+        seed: float,
+        keep_seed: bool,
+        num_images: float,
+        long_prompt: str,
+        width: float | None,
+        height: float | None,
+        request: gr.Request,
+    ) -> Iterator[tuple]:
+        """Yields (stage, pictures, kept, seed, which, sentences), step by step."""
+        with readable():
+            settings = Settings(
+                prompt, negative_prompt, steps, guidance_scale, seed if keep_seed else new_seed(),
+                num_images, long_prompt, width or None, height or None,
+            )  # fmt: skip
+            visit, stop = self._begin(request)
+            pictures: dict[str, Picture] = {}
+            try:
+                for event in self.studio.draw(settings, stop):
+                    if isinstance(event, Step):
+                        title = f"Picture {len(pictures) + 1} of {settings.num_images}"
+                        yield panels.stage(event, title), *[gr.skip()] * 5
+                    else:
+                        pictures[f"seed {event.settings.seed}"] = event
+            except Stopped:
+                yield panels.note("Stopped."), *[gr.skip()] * 5
+                return
+            drawn = self._keep(visit, pictures)
+            seconds = sum(picture.seconds for picture in pictures.values())
+            which, sentences = self._to_listen(pictures)
+            shown = gr.Gallery(drawn, selected_index=0)
+            yield panels.note(f"Drawn in {seconds:.1f} s."), shown, visit.kept, settings.seed, which, sentences
+
+    def compare(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        steps: float,
+        guidance_scale: float,
+        seed: float,
+        keep_seed: bool,
+        width: float | None,
+        height: float | None,
+        request: gr.Request,
+    ) -> Iterator[tuple]:
+        """Yields (stage, three pictures, verdict, kept, seed, which, sentences), step by step."""
+        with readable():
+            settings = Settings(
+                prompt, negative_prompt, steps, guidance_scale, seed if keep_seed else new_seed(),
+                width=width or None, height=height or None,
+            )  # fmt: skip
+            visit, stop = self._begin(request)
+            pictures: dict[str, Picture] = {}
+            files: list[Any] = [None] * 3
+            try:
+                for place, (long_prompt, label) in enumerate(panels.COMPARED.items()):
+                    for event in self.studio.draw(replace(settings, long_prompt=long_prompt), stop):
+                        if isinstance(event, Step):
+                            yield panels.stage(event, f"{label}, {place + 1} of 3"), *files, *[gr.skip()] * 5
+                        else:
+                            pictures[label] = event
+                            files[place] = self._file(event)
+            except Stopped:
+                yield panels.note("Stopped."), *files, *[gr.skip()] * 5
+                return
+            self._keep(visit, pictures)
+            seconds = sum(picture.seconds for picture in pictures.values())
+            note = panels.note(f"Three pictures from the same noise, seed {settings.seed}, in {seconds:.1f} s.")
+            which, sentences = self._to_listen(pictures, list(pictures)[-1])
+            yield note, *files, self._verdict(settings.prompt, pictures), visit.kept, settings.seed, which, sentences
+
+    def stop(self, request: gr.Request) -> str:
+        """Ends what this window draws, after the step that is under way."""
+        self.studio.visit(request.session_hash).stop.set()
+        return panels.note("Stopped.")
+
+    def choose(self, which: str, request: gr.Request) -> tuple[str, None, str]:
+        """Another picture to listen to: its (sentences, no overlay, no words)."""
+        with readable():
+            return panels.sentences(self._picture(request, which)), None, ""
+
+    def hear(self, which: str, event: gr.EventData, request: gr.Request) -> tuple[str, Any, str]:
+        """A sentence was clicked: (sentences, overlay, words)."""
+        with readable():
+            picture, number = self._picture(request, which), event._data.get("sentence")
+            overlay, words = self._listen(picture, number)
+            return panels.sentences(picture, number), overlay, words
+
+    def restore(self, file: bytes) -> tuple:
+        """A PNG was dropped: the settings that it was drawn with, and a line about them."""
+        try:
+            with readable():
+                settings, model = settings_of(file)
+        except gr.Error as error:
+            return *[gr.skip()] * 10, panels.note(error.message)
+        size = (None, None) if self.studio.scenes else (settings.width, settings.height)
+        text = "Everything is as it was when this picture was drawn."
+        if model != self.name:
+            text = (
+                "Prompt and settings are back, but the picture was drawn with another model: it will look different."
+            )
+        return (
+            settings.prompt, settings.negative_prompt, settings.steps, settings.guidance_scale, settings.seed, True,
+            settings.num_images, settings.long_prompt, *size, panels.note(text),
+        )  # fmt: skip
+
+    def leave(self, request: gr.Request) -> None:
+        """A window was closed."""
+        self.studio.leave(request.session_hash)
+
+    # ------------------------------------------------------------------------------------------------------- the API
+
+    def api_describe(self, prompt: str, long_prompt: str = "stretch") -> dict:
+        """What a text encoder reads of a prompt: tokens, windows, and the text that is dropped."""
+        with readable():
+            report = self.studio.describe(checked_text(prompt, "prompt"), long_prompt)
+        return {
+            "tokens": report.tokens,
+            "long_prompt": report.long_prompt,
+            "windows": list(report.windows),
+            "dropped": report.dropped,
+            "report": str(report),
+        }
+
+    def api_draw(
+        self,
+        request: gr.Request,
+        prompt: str,
+        negative_prompt: str = "",
+        steps: int = 20,
+        guidance_scale: float = 3.0,
+        seed: int = 0,
+        num_images: int = 1,
+        long_prompt: str = "stretch",
+        width: int | None = None,
+        height: int | None = None,
+    ) -> list:
+        """Draws a prompt: PNG files with the prompt and all settings inside, one for each seed from `seed` on."""
+        with readable():
+            settings = Settings(
+                prompt, negative_prompt, steps, guidance_scale, seed, num_images, long_prompt, width, height
+            )
+            visit, stop = self._begin(request)
+            pictures = {f"seed {event.settings.seed}": event for event in self._pictures(settings, stop)}
+            visit.pictures = pictures
+            return [_file_data(self._file(picture)) for picture in pictures.values()]
+
+    def api_compare(
+        self,
+        request: gr.Request,
+        prompt: str,
+        negative_prompt: str = "",
+        steps: int = 20,
+        guidance_scale: float = 3.0,
+        seed: int = 0,
+    ) -> dict:
+        """Draws a prompt from the same noise under `truncate`, `chunk` and `stretch`: a PNG file for each."""
+        with readable():
+            settings = Settings(prompt, negative_prompt, steps, guidance_scale, seed)
+            visit, stop = self._begin(request)
+            pictures = {}
+            for long_prompt in panels.COMPARED:
+                (pictures[long_prompt],) = self._pictures(replace(settings, long_prompt=long_prompt), stop)
+            visit.pictures = pictures
+            return {name: _file_data(self._file(picture)) for name, picture in pictures.items()}
+
+    def api_listen(self, request: gr.Request, sentence: int, picture: int = 0) -> dict:
+        """Where the UNet looked for a sentence (from 0) of the picture (from 0) that this client drew last."""
+        with readable():
+            drawn = list(self.studio.visit(request.session_hash).pictures.values())
+            if not 0 <= picture < len(drawn):
+                raise ValueError(f"There is no picture {picture}: this client's last drawing has {len(drawn)}.")
+            heat = self._heat(drawn[picture], sentence)
+            start, stop = sentence_spans(drawn[picture].settings.prompt)[sentence]
+            return {
+                "sentence": drawn[picture].settings.prompt[start:stop].strip(),
+                "attention": heat.round(6).tolist(),
+            }
+
+    # ------------------------------------------------------------------------------------------------- what they share
+
+    def _begin(self, request: gr.Request) -> tuple[Visit, threading.Event]:
+        """A fresh stop for what this window draws next."""
+        visit = self.studio.visit(request.session_hash)
+        visit.stop = threading.Event()
+        return visit, visit.stop
+
+    def _pictures(self, settings: Settings, stop: threading.Event) -> Iterator[Picture]:
+        for event in self.studio.draw(settings, stop):
+            if isinstance(event, Picture):
+                yield event
+
+    def _file(self, picture: Picture) -> str:
+        """Path of the picture's PNG, where gradio serves it."""
+        name = f"finelip-{picture.settings.long_prompt}-seed{picture.settings.seed}.png"
+        return save_bytes_to_cache(to_png(picture, self.name), name, self.cache)
+
+    def _keep(self, visit: Visit, pictures: dict[str, Picture]) -> list[tuple[str, str]]:
+        """Puts pictures in front of the visit's gallery; their files and captions."""
+        visit.pictures = pictures
+        files = [(self._file(picture), label) for label, picture in pictures.items()]
+        visit.kept = [(path, caption) for path, caption in [*files, *visit.kept] if Path(path).exists()][:MAX_KEPT]
+        return files
+
+    def _picture(self, request: gr.Request, which: Any) -> Picture:
+        pictures = self.studio.visit(request.session_hash).pictures
+        if which not in pictures:
+            raise ValueError("This picture is no longer in memory: draw it again.")
+        return pictures[which]
+
+    def _heat(self, picture: Picture, number: Any):
+        spans = sentence_spans(picture.settings.prompt)
+        if not isinstance(number, int) or not 0 <= number < len(spans):
+            raise ValueError(f"There is no such sentence: the prompt has {len(spans)}, counted from 0.")
+        return picture.maps.of(picture.report, *spans[number])
+
+    def _listen(self, picture: Picture, number: Any) -> tuple[Any, str]:
+        """The overlay for a sentence, and what it says in words."""
+        heat = self._heat(picture, number)
+        start, stop = sentence_spans(picture.settings.prompt)[number]
+        return panels.overlay(picture.image, heat), panels.heard(heat, picture.settings.prompt[start:stop].strip())
+
+    def _to_listen(self, pictures: dict[str, Picture], which: str | None = None) -> tuple[Any, str]:
+        which = which or next(iter(pictures))
+        return gr.Radio(choices=list(pictures), value=which), panels.sentences(pictures[which])
+
+    def _verdict(self, prompt: str, pictures: dict[str, Picture]) -> str:
+        if not self.studio.scenes:
+            return ""
+        names = {label: name for name, label in panels.COMPARED.items()}
+        shown = {names[label]: read(picture.image) for label, picture in pictures.items()}
+        return panels.verdict(find_facts(prompt), shown, self.studio.pipe.tokenizer)
+
+
+def _file_data(path: str) -> dict:
+    """A file as gradio's clients take it."""
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}

@@ -1,0 +1,487 @@
+"""The page without a browser: settings, drawing step by step, PNGs that remember, its API, and what it survives."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import keepsake
+import numpy as np
+import panels
+import pytest
+import studio
+import torch
+import tryouts
+from actions import readable
+from gradio import Error
+from gradio_client import Client
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import app
+from finelip_diffusion import FineLIPStableDiffusionPipeline
+from finelip_diffusion.prompts import LONG_PROMPTS
+from finelip_diffusion.scenes import find_facts, read, render, sample_scene
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = tryouts.SCENES["8 shapes"]
+NAME = "a model <b>of scenes</b>"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> FineLIPStableDiffusionPipeline:
+    pipe = FineLIPStableDiffusionPipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def room(pipe) -> studio.Studio:
+    return studio.Studio(lambda: pipe, scenes=True)
+
+
+@pytest.fixture(scope="module")
+def page(pipe):
+    demo = app.build_demo(pipe, name=NAME)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.look())
+    yield url
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def client(page):
+    return Client(page, verbose=False)
+
+
+def draw(room: studio.Studio, **options) -> list:
+    settings = studio.Settings(**{"prompt": PROMPT, "steps": 3, "guidance_scale": 3.0, **options})
+    return list(room.draw(settings, threading.Event()))
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"prompt": ""}, "The prompt is empty"),
+        ({"prompt": " \n\0 "}, "The prompt is empty"),
+        ({"prompt": None}, "The prompt is no text"),
+        ({"prompt": "x" * 20_001}, "The prompt has 20,001 characters: shorten it to 20,000."),
+        ({"prompt": "broken \ud800 half"}, "The prompt holds characters that are no text"),
+        ({"negative_prompt": "x" * 20_001}, "The negative prompt has 20,001 characters"),
+        ({"steps": 0}, "Steps cannot be 0: choose a whole number from 1 to 150."),
+        ({"steps": 10_000}, "Steps cannot be 10000: choose"),
+        ({"steps": 2.5}, "Steps cannot be 2.5: choose a whole number"),
+        ({"steps": "20"}, "Steps is no number"),
+        ({"steps": True}, "Steps is no number"),
+        ({"steps": None}, "Steps is no number"),
+        ({"steps": 10**400}, "Steps cannot be 10000000000000000000:"),
+        ({"guidance_scale": math.nan}, "Guidance scale is no number"),
+        ({"guidance_scale": math.inf}, "Guidance scale is no number"),
+        ({"guidance_scale": -1}, "Guidance scale cannot be -1: choose a number from 0 to 30."),
+        ({"seed": -1}, "Seed cannot be -1: choose a whole number from 0 to 4294967295."),
+        ({"seed": 2**32}, "Seed cannot be 4294967296"),
+        ({"num_images": 5}, "Num images cannot be 5: choose a whole number from 1 to 4."),
+        ({"width": 100}, "Width cannot be 100: choose a multiple of 8 from 64 to 2048."),
+        ({"height": 10**9}, "Height cannot be 1000000000"),
+        ({"long_prompt": "/etc/passwd"}, "The strategy must be one of stretch"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_hold_are_one_sentence(values, words):
+    with pytest.raises(ValueError) as caught:
+        studio.Settings(**{"prompt": "a prompt", **values})
+    assert words in str(caught.value)
+
+
+def test_settings_take_what_a_browser_sends():
+    settings = studio.Settings(" a\0prompt ", steps=20.0, seed=7.0, guidance_scale=3)
+    assert settings.prompt == "a prompt"
+    assert (type(settings.steps), type(settings.seed), type(settings.guidance_scale)) == (int, int, float)
+
+
+# ----------------------------------------------------------------------------------------------------------- drawing
+
+
+def test_the_page_draws_the_pixels_of_the_pipeline(room, pipe):
+    events = draw(room, seed=5, num_images=2, negative_prompt="blurry")
+    pictures = [event for event in events if isinstance(event, studio.Picture)]
+    for seed, picture in zip((5, 6), pictures, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        plain = pipe(
+            PROMPT, negative_prompt="blurry", num_inference_steps=3, guidance_scale=3.0, generator=generator
+        ).images[0]
+        assert np.array_equal(np.asarray(picture.image), np.asarray(plain))
+        assert (picture.settings.seed, picture.settings.num_images) == (seed, 1)
+
+
+def test_every_step_is_told_and_previews_grow_towards_the_picture(room):
+    events = draw(room, steps=12)
+    picture = np.asarray(events[-1].image, dtype=float)
+    assert [event.number for event in events[:-1]] == list(range(1, 13))
+    previews = [np.asarray(event.preview, dtype=float) for event in events[:-1]]
+    distances = [np.abs(preview - picture).mean() for preview in previews]
+    assert distances[-1] < distances[0] / 2
+
+
+@pytest.mark.parametrize("how", ["stop", "close"])
+def test_stopping_ends_the_work_after_the_step_under_way(room, pipe, how):
+    before, calls = pipe.unet.forward, []
+    pipe.unet.forward = lambda *args, **kwargs: calls.append(1) or before(*args, **kwargs)
+    try:
+        stop = threading.Event()
+        drawing = room.draw(studio.Settings(PROMPT, steps=150, guidance_scale=3.0), stop)
+        next(drawing)
+        if how == "close":
+            drawing.close()
+        else:
+            stop.set()
+            with pytest.raises(studio.Stopped):
+                list(drawing)
+        with room._drawing:  # what was under way has ended when the next one may begin
+            done = len(calls)
+        assert done < 75
+    finally:
+        pipe.unet.forward = before
+    assert isinstance(draw(room)[-1], studio.Picture)
+
+
+@pytest.mark.parametrize("long_prompt", LONG_PROMPTS)
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "x",
+        "猫が木の下で寝ている。" * 20,
+        "שלום עולם، مرحبا بالعالم. " * 30,
+        "👩‍👩‍👧‍👦🏳️‍🌈 " * 60,
+        "<script>alert(1)</script> & \0 \x07 \u202e reversed",
+    ],
+    ids=["one letter", "Japanese", "right to left", "emoji", "hostile"],
+)
+def test_any_text_is_drawn_and_shown_as_text(room, pipe, prompt, long_prompt):
+    picture = draw(room, prompt=prompt, long_prompt=long_prompt, steps=1)[-1]
+    settings, _ = keepsake.settings_of(keepsake.to_png(picture, NAME))
+    assert settings == replace(picture.settings, width=96, height=96)
+    stock, long = (pipe.describe_prompt(picture.settings.prompt, how).readings[0] for how in ("truncate", "stretch"))
+    html = panels.reading(picture.settings.prompt, stock, long) + panels.sentences(picture)
+    assert "<script>" not in html
+
+
+def test_20000_characters_are_drawn(room):
+    picture = draw(room, prompt=("a red star in the very centre. " * 700)[:20_000], steps=1)[-1]
+    assert len(picture.report.windows) > 10
+    assert picture.maps.of(picture.report, 19_000, 19_900).shape == (96, 96)
+
+
+def test_the_model_s_one_size_is_kept(room):
+    with pytest.raises(ValueError, match="draws at 96 x 96 pixels alone"):
+        draw(room, width=512)
+
+
+def test_visits_are_forgotten_oldest_first(room):
+    first = room.visit("0")
+    for number in range(studio.MAX_VISITS):
+        room.visit(str(number))
+    assert room.visit("0") is first
+    room.visit("new")
+    room.visit("newer")
+    assert len(room._visits) == studio.MAX_VISITS
+    assert room.visit("0") is first
+    room.leave("0")
+    assert first.stop.is_set()
+    assert room.visit("0") is not first
+
+
+# -------------------------------------------------------------------------------------------------------------- PNGs
+
+
+def png(**chunks: str) -> bytes:
+    info, content = PngInfo(), BytesIO()
+    for key, value in chunks.items():
+        info.add_itxt(key, value, zip=len(value) > 10**6)
+    Image.new("RGB", (8, 8)).save(content, "PNG", pnginfo=info)
+    return content.getvalue()
+
+
+def test_a_png_brings_back_prompt_and_settings(room):
+    picture = draw(room, prompt="שלום 👩‍👩‍👧 <b>", seed=7, negative_prompt="„blurry“", long_prompt="chunk")[-1]
+    content = keepsake.to_png(picture, NAME)
+    settings, model = keepsake.settings_of(content)
+    assert model == NAME
+    assert settings.width == settings.height == 96
+    assert replace(settings, width=None, height=None) == picture.settings
+    again = draw(room, **studio.as_record(settings))[-1]
+    assert np.array_equal(np.asarray(again.image), np.asarray(Image.open(BytesIO(content))))
+
+
+def test_a_png_of_the_command_line_comes_back_too(tmp_path):
+    from finelip_diffusion.cli import main
+
+    (tmp_path / "prompt.txt").write_text("A large red star in the very centre.")
+    assert (
+        main(["generate", "--prompt-file", str(tmp_path / "prompt.txt"), "--out", str(tmp_path), "--steps", "1"]) == 0
+    )
+    settings, model = keepsake.settings_of((tmp_path / "image-0.png").read_bytes())
+    assert (settings.prompt, settings.steps, settings.guidance_scale, model) == (
+        "A large red star in the very centre.", 1, 3.0, "bundled",
+    )  # fmt: skip
+
+
+GOOD = {"prompt": "x", "model": "bundled"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is no PNG"),
+        (b"<svg onload=alert(1)>", "is no PNG"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 100, "is no PNG"),
+        (png()[:40], "is no PNG"),
+        (png(), "holds no settings"),
+        (png(settings="{"), "cannot be read"),
+        (png(settings="[" * 100_000), "cannot be read"),
+        (png(settings="[]"), "cannot be read"),
+        (png(settings="{}"), "cannot be read"),
+        (png(settings=json.dumps(GOOD | {"model": ["/etc/passwd"]})), "cannot be read"),
+        (png(settings=json.dumps(GOOD | {"negative_prompt": "x" * 400_000})), "cannot be read"),
+        (png(settings="x" * 80_000_000), "is no PNG"),
+        (png(settings=json.dumps({"model": "bundled"})), "do not hold"),
+        (png(settings=json.dumps(GOOD | {"steps": 10**400})), "do not hold"),
+        (png(settings=json.dumps(GOOD | {"steps": "20"})), "do not hold"),
+        (png(settings=json.dumps(GOOD | {"guidance_scale": math.nan})), "do not hold"),
+        (png(settings=json.dumps(GOOD | {"prompt": "\ud800"})), "do not hold"),
+        (png(settings=json.dumps(GOOD | {"long_prompt": {"a": 1}})), "do not hold"),
+        (b"\0" * (keepsake.MAX_BYTES + 1), "has 20,000,001 bytes"),
+    ],
+    ids=range(19),
+)
+def test_a_png_that_is_none_or_hostile_is_one_sentence(content, words):
+    with pytest.raises(ValueError) as caught:
+        keepsake.settings_of(content)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_png_names_is_not_opened(tmp_path):
+    """Unknown keys are left out, and a model is a name to compare."""
+    target = tmp_path / "model"
+    settings, model = keepsake.settings_of(png(settings=json.dumps(GOOD | {"model": str(target), "finelip": "/etc"})))
+    assert model == str(target)
+    assert not target.exists()
+    assert not hasattr(settings, "finelip")
+
+
+# ------------------------------------------------------------------------------------------------------------ panels
+
+
+def test_the_reading_marks_every_letter_that_the_stock_encoder_drops(pipe):
+    stock, long = (pipe.describe_prompt(PROMPT, how).readings[0] for how in ("truncate", "stretch"))
+    html = panels.reading(PROMPT, stock, long)
+    assert f'<span class="unread">{stock.dropped}</span>' in html
+    assert "the 77-token encoder stops here" in html
+    assert "185</b> of 77: never reads the last 108" in panels.meter(stock, long)
+    long_prompt = PROMPT * 2
+    stock, long = (pipe.describe_prompt(long_prompt, how).readings[0] for how in ("truncate", "stretch"))
+    html = panels.reading(long_prompt, stock, long)
+    border = long.offsets[246][0]
+    assert f'<span class="cut">window 2</span><span class="further">{long_prompt[border:]}</span>' in html
+    short = pipe.describe_prompt("a red star", "truncate").readings[0]
+    assert "unread" not in panels.reading("a red star", short, short)
+    assert panels.reading("", *[pipe.describe_prompt("", "truncate").readings[0]] * 2) == ""
+
+
+def test_the_verdict_counts_what_the_reader_finds(pipe):
+    caption = find_facts(PROMPT)
+    scene = sample_scene(15, "test", (8, 8))
+    perfect = read(render(scene))
+    poor = type(scene)(scene.background, scene.objects[:3])
+    html = panels.verdict(caption, {"truncate": poor, "chunk": scene, "stretch": perfect}, pipe.tokenizer)
+    assert "truncate<br>3 of 8" in html
+    assert "chunk<br>8 of 8" in html
+    assert html.count("✗ nothing") == 5
+    assert "No verdict" in panels.verdict(find_facts("A cat on a sofa."), {"truncate": poor}, pipe.tokenizer)
+
+
+@pytest.mark.parametrize("texts", [tryouts.SCENES, tryouts.PICTURES], ids=["scenes", "pictures"])
+def test_there_are_six_examples_and_all_are_long(texts, tokenizer):
+    assert len(texts) >= 6
+    counts = [len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in texts.values()]
+    assert all(count > 75 for count in counts), counts
+    if texts is tryouts.SCENES:
+        objects = [len(find_facts(text).facts) for text in texts.values()]
+        assert objects == [4, 5, 6, 7, 8, 9]
+
+
+def test_an_overlay_keeps_its_colours_at_the_peak(pipe):
+    image = Image.new("RGB", (96, 96), (20, 200, 20))
+    heat = np.zeros((96, 96), np.float32)
+    heat[:20, :20] = 1
+    shown = np.asarray(panels.overlay(image, heat)).astype(int)
+    assert shown.shape[0] >= 512
+    assert np.ptp(shown[60, 30]) > 60  # in colour
+    assert np.ptp(shown[-10, -10]) == 0  # grey
+    assert "in the top left corner" in panels.heard(heat, "x")
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("the value is 3\nbut must be 4"), "the value is 3 but must be 4"),
+        (RuntimeError("CUDA out of memory"), "The GPU has not enough memory"),
+        (MemoryError(), "There is not enough memory"),
+        (KeyError("secret"), "That did not work (KeyError); the server's log says more."),
+    ],
+)
+def test_whatever_goes_wrong_is_one_sentence(error, words):
+    with pytest.raises(Error) as caught, readable():
+        raise error
+    assert caught.value.message.startswith(words)
+
+
+def test_a_model_that_fails_to_load_leaves_a_page_that_says_so():
+    def load():
+        raise OSError("no such model\nas nowhere/nothing")
+
+    demo = app.build_demo(load, name="nowhere/nothing", scenes=False)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.look())
+    try:
+        client = Client(url, verbose=False)
+        for _ in range(2):
+            with pytest.raises(Exception, match="no such model as nowhere/nothing"):
+                client.predict(prompt="x", api_name="/draw")
+    finally:
+        demo.close()
+
+
+# --------------------------------------------------------------------------------------------------------------- API
+
+
+def test_the_api_draws_compares_and_listens(client, pipe):
+    report = client.predict(prompt=PROMPT, long_prompt="truncate", api_name="/describe")
+    assert report["tokens"] == 183
+    assert report["dropped"] == pipe.describe_prompt(PROMPT, "truncate").dropped
+    files = client.predict(prompt=PROMPT, steps=2, seed=3, num_images=2, api_name="/draw")
+    assert [keepsake.settings_of(Path(file).read_bytes())[0].seed for file in files] == [3, 4]
+    files = client.predict(prompt=PROMPT, steps=2, api_name="/compare")
+    assert list(files) == ["truncate", "chunk", "stretch"]
+    assert all(Image.open(file).size == (96, 96) for file in files.values())
+    heard = client.predict(sentence=2, picture=2, api_name="/listen")
+    assert heard["sentence"] in PROMPT
+    assert np.asarray(heard["attention"]).shape == (96, 96)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"prompt": " ", "api_name": "/draw"}, "The prompt is empty"),
+        ({"prompt": "x", "steps": 0, "api_name": "/draw"}, "Steps cannot be 0"),
+        ({"prompt": "x", "seed": -4, "api_name": "/compare"}, "Seed cannot be -4"),
+        ({"prompt": "x", "width": 512, "api_name": "/draw"}, "96 x 96 pixels alone"),
+        ({"prompt": "x", "long_prompt": "../../etc", "api_name": "/describe"}, "long_prompt='../../etc' is unknown"),
+        ({"sentence": 0, "picture": 99, "api_name": "/listen"}, "There is no picture 99"),
+    ],
+    ids=str,
+)
+def test_the_api_refuses_in_one_sentence(client, call, words):
+    with pytest.raises(Exception) as caught:
+        client.predict(**call)
+    assert words in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_the_api_has_four_names_and_no_way_around_the_queue(client):
+    names = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(names) == {"/describe", "/draw", "/compare", "/listen"}
+    parameters = [parameter["parameter_name"] for parameter in names["/draw"]["parameters"]]
+    assert parameters == ["prompt", *list(studio.as_record(studio.Settings("x")))[1:]]
+
+
+def test_two_clients_hear_their_own_pictures(page, client):
+    client.predict(prompt="A red star. " + PROMPT, steps=1, api_name="/draw")
+    other = Client(page, verbose=False)
+    with pytest.raises(Exception, match="this client's last drawing has 0"):
+        other.predict(sentence=0, api_name="/listen")
+    assert client.predict(sentence=0, api_name="/listen")["sentence"] == "A red star."
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_many_clients_at_once_lose_nothing():
+    """The script that measures 20 clients and 200 requests for docs/app.md, with fewer requests."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "page_load.py"), "--clients", "20", "--requests", "40"]
+    figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=280).stdout)
+    assert figures["lost"] == 0
+    assert figures["server_MB"]["after all"] - figures["server_MB"]["after half of them"] < 30
+
+
+def test_a_full_queue_says_so(pipe):
+    demo = app.build_demo(pipe, max_queue=1)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.look())
+    try:
+        client = Client(url, verbose=False)
+        jobs = [client.submit(prompt=PROMPT, steps=60, api_name="/draw") for _ in range(6)]
+        words = [str(error) for error in (job.exception() for job in jobs) if error is not None]
+        assert 0 < len(words) < 6
+        assert all("Queue is full" in word for word in words)
+    finally:
+        demo.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ script
+
+
+def test_importing_the_page_loads_no_model_and_asks_nobody():
+    code = (
+        "import os, sys, socket; sys.path.insert(0, 'app'); socket.create_connection = None; import app; "
+        "print(os.environ['GRADIO_ANALYTICS_ENABLED']); print(app.build_demo(lambda: 1 / 0).analytics_enabled)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_time_is_counted_for_drawing_not_for_waiting(room):
+    with room._drawing:
+        drawing = room.draw(studio.Settings(PROMPT, steps=1, guidance_scale=3.0), threading.Event())
+        waiting = ThreadPoolExecutor(1).submit(list, drawing)
+        time.sleep(1)
+    assert waiting.result()[-1].seconds < 1
+
+
+def test_a_space_runs_as_it_is_gathered(tmp_path):
+    """From a folder of its own, the package beside the page; it needs what the package does and gradio."""
+    subprocess.run(["make", "space"], cwd=ROOT, check=True, capture_output=True)
+    space = tmp_path / "space"
+    (ROOT / "build" / "space").rename(space)
+    front = (space / "README.md").read_text().split("---")[1]
+    assert "sdk: gradio" in front
+    assert "app_file: app.py" in front
+    project = (ROOT / "pyproject.toml").read_text()
+    declared = project.split("\ndependencies = [")[1].split("]")[0].replace('"', "").replace(",", "").split()
+    assert (space / "requirements.txt").read_text().split() == declared
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    code = (
+        "import runpy, finelip_diffusion; print(finelip_diffusion.__file__); runpy.run_path('app.py')['build_demo'](0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=space, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(space / "finelip_diffusion" / "__init__.py")
+
+
+def test_the_example_of_the_documentation_runs(page, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "app.md").read_text(encoding="utf-8")
+    code = text.split("from gradio_client import Client", 1)[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(
+        "from gradio_client import Client" + code.replace("http://127.0.0.1:7860", page).replace("steps=20", "steps=1")
+    )
