@@ -357,7 +357,7 @@ class Difference:
     Attributes:
         rms: root mean square difference of pixels in 0..1.
         inside: share of the squared difference that lies in a scene's cell, a ninth of the picture; None without a
-            cell or a difference.
+            cell, or where no pixel differs by more than one level of 255, which batches of another size may do.
     """
 
     rms: float
@@ -369,7 +369,7 @@ def change_in_image(before: Image.Image, after: Image.Image, cell: int | None = 
     one, other = (np.asarray(image.convert("RGB"), dtype=np.float64) / 255 for image in (before, after))
     squares = np.square(one - other)
     inside = None
-    if cell is not None and squares.any():
+    if cell is not None and squares.max() > (1.5 / 255) ** 2:
         top, left = (CELL_SIZE * index for index in divmod(cell, 3))
         inside = float(squares[top : top + CELL_SIZE, left : left + CELL_SIZE].sum() / squares.sum())
     return Difference(float(np.sqrt(squares.mean())), inside)

@@ -188,7 +188,7 @@ def distances(
         seen: by condition, (N, D).
         reference: (N, D), row by row those of the same prompts.
         baseline: a condition.
-        subset_size: of the kernel distance, which is left out where there are fewer images.
+        subset_size: of the kernel distance, at most half of the images: larger subsets are nearly the same ones.
         resamples: of the bootstrap of the Frechet distance.
     """
     if name == "cmmd":
@@ -196,7 +196,8 @@ def distances(
         return {key: {name: value} for key, value in figures.items()}
     figures = frechet_intervals(seen, reference, baseline=baseline, num_resamples=resamples)
     found: dict[str, dict[str, Figure]] = {key: {name: value} for key, value in figures.items()}
-    if len(reference) >= subset_size:
+    subset_size = min(subset_size, len(reference) // 2)
+    if subset_size >= 2:
         kid = {key: kernel_distance(own, reference, subset_size) for key, own in seen.items()}
         subsets = {key: np.array(value.pop("subsets")) for key, value in kid.items()}
         for key, value in kid.items():
@@ -279,7 +280,7 @@ def compare(
         "baseline": BASELINE,
         "conditions": shown,
         "curves": {key: _about_curve(key) for key in curves},
-        "warnings": _warnings(len(long), eyes, conditions, subset_size),
+        "warnings": _warnings(len(long), eyes, conditions),
         "examples": _examples(findings, prompts["long"], tokenizer, num_examples),
         "changes": _changes(findings, prompts["changed"][:num_examples]),
     }
@@ -296,13 +297,11 @@ def _about_curve(key: str) -> dict[str, str]:
     return {"label": f"What an image has of a sentence, judged by {judge}", "unit": "CLIPScore", "note": _SENTENCE}
 
 
-def _warnings(n: int, eyes: Mapping[str, Eye], conditions: Sequence[Condition], subset_size: int) -> list[str]:
+def _warnings(n: int, eyes: Mapping[str, Eye], conditions: Sequence[Condition]) -> list[str]:
     """What has to be known before the figures are read."""
     judges = [eye for eye in eyes.values() if isinstance(eye, Judge)]
     extractors = [eye for eye in eyes.values() if not isinstance(eye, Judge)]
     found = [text for eye in extractors if eye.name != "cmmd" and (text := small_sample(n, eye.dim))]
-    if extractors and n < subset_size:
-        found.append(f"No kernel distance: {n} images are fewer than a subset of {subset_size}.")
     own = {Path(each.encoder_source).resolve() for each in conditions if each.encoder_source is not None}
     own |= {source.parent for source in own if source.name == "text_encoder"}
     partial = [judge.name for judge in judges if own & {(path := Path(judge.source).resolve()), *path.parents}]

@@ -251,6 +251,7 @@ def test_a_change_in_one_cell_is_found_there():
     assert change_in_image(one, other).inside is None
     assert change_in_image(one, one, 5) == change_in_image(other, other, 3)
     assert change_in_image(one, one, 5).inside is None
+    assert change_in_image(one, Image.fromarray(before + 1), 5).inside is None  # rounding
 
 
 # --------------------------------------------------------------------------------------------------------------- drift

@@ -107,7 +107,9 @@ class Arguments(Settings):
     judges: list[str] = field(
         default_factory=list, metadata={"help": "[NAME=]SOURCE of CLIPs that score images, of any length."}
     )
-    kid_subset_size: int = field(default=1000, metadata={"help": "Images in a subset of the kernel distance."})
+    kid_subset_size: int = field(
+        default=1000, metadata={"help": "Images in a subset of the kernel distance, at most half."}
+    )
     num_resamples: int = field(default=100, metadata={"help": "Of the bootstrap of Frechet distances."})
     num_examples: int = field(default=4, metadata={"help": "Best, worst and first prompts on the page, of each."})
 
