@@ -6,7 +6,7 @@ other settings or weights are never taken for those that are wanted.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -206,6 +206,21 @@ class Noise:
             latents.append(noise)
         dtype = getattr(torch, self.settings.dtype)
         return {"generator": generators, "latents": torch.cat(latents).to(dtype)}
+
+
+def batches(pipe: Any, prompts: Sequence[Prompt], long_prompt: LongPrompt, batch_size: int) -> Iterator[list[Prompt]]:
+    """Deals prompts out in batches of one kind and of one length in states.
+
+    In a batch, shorter prompts are filled up with windows of the empty prompt, to which the UNet attends: the image of
+    a prompt would depend on its neighbours.
+    """
+    groups: dict[tuple[str, int], list[Prompt]] = {}
+    for prompt in prompts:
+        readings = pipe.describe_prompt(str(prompt.text), long_prompt).readings
+        groups.setdefault((prompt.kind, max(reading.length for reading in readings)), []).append(prompt)
+    for group in groups.values():
+        for first in range(0, len(group), batch_size):
+            yield group[first : first + batch_size]
 
 
 def draw(

@@ -2,8 +2,10 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_stable_diffusion, make_stable_diffusion_xl, tiny_unet
@@ -18,6 +20,7 @@ from finelip_diffusion.drawing import (
     Noise,
     Prompt,
     Settings,
+    batches,
     draw,
     drawn_with,
     fingerprint,
@@ -30,6 +33,7 @@ from finelip_diffusion.drawing import (
     save_image,
 )
 from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.prompts import LongPrompt
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -132,6 +136,25 @@ def test_a_prompt_has_its_noise_in_any_batch(pipe: FineLIPStableDiffusionPipelin
         assert difference <= 1  # sums of a larger batch round otherwise: at most a level of 255
     first, second = (image.tobytes() for image in together[:2])
     assert first != second
+
+
+@pytest.mark.parametrize("long_prompt", ["chunk", "segment", "stretch", "truncate"])
+def test_an_image_does_not_depend_on_longer_neighbours(
+    pipe: FineLIPStableDiffusionPipeline, text_of: Callable[[int], str], long_prompt: LongPrompt
+):
+    own = settings()
+    noise = Noise(own, pipe)
+    prompts = [Prompt("long", index, text_of(number)) for index, number in enumerate((30, 300, 90, 40))]
+    dealt = list(batches(pipe, prompts, long_prompt, 3))
+    assert sorted(prompt.index for batch in dealt for prompt in batch) == [0, 1, 2, 3]
+    if long_prompt == "truncate":
+        assert [len(batch) for batch in dealt] == [3, 1]
+    else:
+        assert len(dealt) > 2 or long_prompt == "stretch"
+    for batch in dealt:
+        for prompt, image in zip(batch, draw(pipe, None, batch, long_prompt, own, noise), strict=True):
+            (alone,) = draw(pipe, None, [prompt], long_prompt, own, noise)
+            assert np.abs(np.asarray(image, int) - np.asarray(alone, int)).max() <= 1
 
 
 def test_noise_in_order_is_one_generator_consumed(pipe: FineLIPStableDiffusionPipeline):

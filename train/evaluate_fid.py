@@ -50,6 +50,7 @@ from finelip_diffusion.drawing import (
     Noise,
     Prompt,
     Settings,
+    batches,
     draw,
     drawn_with,
     fingerprint,
@@ -259,11 +260,9 @@ def draw_all(
         By condition, how far states and predictions move for the first short prompts; of the main process only.
     """
     root, main = args.output_dir, accelerator.is_main_process
-    shares = {kind: own[accelerator.process_index :: accelerator.num_processes] for kind, own in prompts.items()}
-    files = (root / each.file(condition) for condition in conditions for own in shares.values() for each in own)
-    bar = tqdm(
-        total=sum(not file.exists() for file in files), desc="images", unit="image", disable=not main, mininterval=2
-    )
+    share = [each for own in prompts.values() for each in own[accelerator.process_index :: accelerator.num_processes]]
+    absent = sum(not (root / each.file(condition)).exists() for condition in conditions for each in share)
+    bar = tqdm(total=absent, desc="images", unit="image", disable=not main, mininterval=2)
     refiner, pipe, loaded, weights = load_refiner(args, accelerator.device), None, None, ""
     drifts = {}
     for condition in conditions:
@@ -273,14 +272,12 @@ def draw_all(
             pipe = load_pipeline(condition, args, accelerator.device)
             weights = fingerprint(pipe)
         settings, noise = drawn_with(condition, args, weights), Noise(args, pipe)
-        for share in shares.values():
-            own = [each for each in share if not is_drawn(root / each.file(condition), each, settings)]
-            for first in range(0, len(own), args.batch_size):
-                batch = own[first : first + args.batch_size]
-                images = draw(pipe, refiner, batch, condition.long_prompt, args, noise)
-                for each, image in zip(batch, images, strict=True):
-                    save_image(image, root / each.file(condition), each, args.seed + each.index, settings)
-                bar.update(len(batch))
+        missing = [each for each in share if not is_drawn(root / each.file(condition), each, settings)]
+        for batch in batches(pipe, missing, condition.long_prompt, args.batch_size):
+            images = draw(pipe, refiner, batch, condition.long_prompt, args, noise)
+            for each, image in zip(batch, images, strict=True):
+                save_image(image, root / each.file(condition), each, args.seed + each.index, settings)
+            bar.update(len(batch))
         short = [str(prompt.text) for prompt in prompts["short"][: args.num_drift]]
         if main and short and condition.encoder != BASELINE:
             file = root / "drift" / f"{condition.name}.json"
