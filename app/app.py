@@ -159,7 +159,7 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                             label="Where the sentence was heard",
                             interactive=False,
                             elem_id="heat",
-                            height=420,
+                            height=470,
                             buttons=BUTTONS,
                             elem_classes="labelled",
                         )

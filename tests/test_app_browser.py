@@ -212,7 +212,7 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_them_in_order(browser
             .map(element => element.outerHTML.slice(0, 200))"""
     )
     assert nameless == []
-    order = ["prompt", "examples", "draw", "compare", "stop", "negative", "strategy", "steps", "guidance", "seed"]
+    order = ["prompt", "draw", "compare", "stop", "examples", "negative", "strategy", "steps", "guidance", "seed"]
     places = page.evaluate(
         "names => names.map(name => document.getElementById(name)).map((element, index, all) => index === 0 ||"
         " !!(all[index - 1].compareDocumentPosition(element) & Node.DOCUMENT_POSITION_FOLLOWING))",
