@@ -111,7 +111,9 @@ def test_commands_exist(words):
     elif program == "finelip":
         check_flags(rest, help_text("-c", "from finelip_diffusion.cli import main; main()", rest[0]))
     elif program in {"python", "accelerate"}:
-        script, *rest = rest[1:] if program == "accelerate" else rest
+        if program == "accelerate":  # its own flags stand before the script
+            rest = rest[next(place for place, word in enumerate(rest) if word.endswith(".py")) :]
+        script, *rest = rest
         if script == "-m":
             assert importlib.util.find_spec(rest[0]), f"no module {rest[0]}"
             return
