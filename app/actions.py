@@ -96,10 +96,10 @@ class Actions:
                 prompt, negative_prompt, steps, guidance_scale, seed if keep_seed else new_seed(),
                 num_images, long_prompt, width or None, height or None,
             )  # fmt: skip
-            visit, stop = self._begin(request)
+            visit = self.studio.visit(request.session_hash)
             pictures: dict[str, Picture] = {}
             try:
-                for event in self.studio.draw(settings, stop):
+                for event in self.studio.draw(settings, visit.stop):
                     if isinstance(event, Step):
                         title = f"Picture {len(pictures) + 1} of {settings.num_images}"
                         yield panels.stage(event, title), *[gr.skip()] * 5
@@ -132,12 +132,11 @@ class Actions:
                 prompt, negative_prompt, steps, guidance_scale, seed if keep_seed else new_seed(),
                 width=width or None, height=height or None,
             )  # fmt: skip
-            visit, stop = self._begin(request)
-            pictures: dict[str, Picture] = {}
+            visit, pictures = self.studio.visit(request.session_hash), {}
             files: list[Any] = [None] * 3
             try:
                 for place, (long_prompt, label) in enumerate(panels.COMPARED.items()):
-                    for event in self.studio.draw(replace(settings, long_prompt=long_prompt), stop):
+                    for event in self.studio.draw(replace(settings, long_prompt=long_prompt), visit.stop):
                         if isinstance(event, Step):
                             yield panels.stage(event, f"{label}, {place + 1} of 3"), *files, *[gr.skip()] * 5
                         else:
@@ -152,10 +151,19 @@ class Actions:
             which, sentences = self._to_listen(pictures, list(pictures)[-1])
             yield note, *files, self._verdict(settings.prompt, pictures), visit.kept, settings.seed, which, sentences
 
-    def stop(self, request: gr.Request) -> str:
-        """Ends what this window draws, after the step that is under way."""
+    def to_drawn(self, request: gr.Request) -> gr.Tabs:
+        """Draw was clicked: from here on, while it waits as well, Stop ends it."""
+        self._begin(request)
+        return gr.Tabs(selected="drawn")
+
+    def to_compared(self, request: gr.Request) -> gr.Tabs:
+        """Compare was clicked."""
+        self._begin(request)
+        return gr.Tabs(selected="compared")
+
+    def stop(self, request: gr.Request) -> None:
+        """Ends what this window draws, after the step that is under way, and what it waits for."""
         self.studio.visit(request.session_hash).stop.set()
-        return panels.note("Stopped.")
 
     def choose(self, which: str, request: gr.Request) -> tuple[str, None, str]:
         """Another picture to listen to: its (sentences, no overlay, no words)."""
@@ -223,8 +231,8 @@ class Actions:
             settings = Settings(
                 prompt, negative_prompt, steps, guidance_scale, seed, num_images, long_prompt, width, height
             )
-            visit, stop = self._begin(request)
-            pictures = {f"seed {event.settings.seed}": event for event in self._pictures(settings, stop)}
+            visit = self._begin(request)
+            pictures = {f"seed {event.settings.seed}": event for event in self._pictures(settings, visit.stop)}
             visit.pictures = pictures
             return [_file_data(self._file(picture)) for picture in pictures.values()]
 
@@ -240,10 +248,10 @@ class Actions:
         """Draws a prompt from the same noise under `truncate`, `chunk` and `stretch`: a PNG file for each."""
         with readable():
             settings = Settings(prompt, negative_prompt, steps, guidance_scale, seed)
-            visit, stop = self._begin(request)
+            visit = self._begin(request)
             pictures = {}
             for long_prompt in panels.COMPARED:
-                (pictures[long_prompt],) = self._pictures(replace(settings, long_prompt=long_prompt), stop)
+                (pictures[long_prompt],) = self._pictures(replace(settings, long_prompt=long_prompt), visit.stop)
             visit.pictures = pictures
             return {name: _file_data(self._file(picture)) for name, picture in pictures.items()}
 
@@ -262,11 +270,12 @@ class Actions:
 
     # ------------------------------------------------------------------------------------------------- what they share
 
-    def _begin(self, request: gr.Request) -> tuple[Visit, threading.Event]:
-        """A fresh stop for what this window draws next."""
+    def _begin(self, request: gr.Request) -> Visit:
+        """A window, with a stop that nobody has used; it is shared by what the window draws and waits for."""
         visit = self.studio.visit(request.session_hash)
-        visit.stop = threading.Event()
-        return visit, visit.stop
+        if visit.stop.is_set():
+            visit.stop = threading.Event()
+        return visit
 
     def _pictures(self, settings: Settings, stop: threading.Event) -> Iterator[Picture]:
         for event in self.studio.draw(settings, stop):

@@ -197,18 +197,16 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
         listening = [which, sentences]
         gr.on([prompt.change, negative.change], trigger_mode="always_last", **measured)
         tries.click(lambda index: list(examples.values())[index], tries, prompt, queue=False, **page)
-        drawing = draw.click(lambda: gr.Tabs(selected="drawn"), None, tabs, queue=False, js=TO_STAGE, **page).then(
+        draw.click(actions.to_drawn, None, tabs, queue=False, js=TO_STAGE, **page).then(
             actions.draw, values, [stage, drawn, kept, seed, *listening], **waiting
         )
-        comparing = compare.click(
-            lambda: gr.Tabs(selected="compared"), None, tabs, queue=False, js=TO_STAGE, **page
-        ).then(
+        compare.click(actions.to_compared, None, tabs, queue=False, js=TO_STAGE, **page).then(
             actions.compare,
             [prompt, negative, steps, guidance, seed, keep_seed, width, height],
             [stage, *compared, verdict, kept, seed, *listening],
             **waiting,
         )
-        stop.click(actions.stop, None, stage, queue=False, cancels=[drawing, comparing], **page)
+        stop.click(actions.stop, queue=False, **page)
         which.input(actions.choose, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
         sentences.select(actions.hear, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
         file.upload(actions.restore, file, [*values, restored], queue=False, show_progress="hidden", **page)

@@ -224,7 +224,7 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_them_in_order(browser
     for _ in range(40):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.closest('[id]')?.id"))
-    assert [name for name in reached if name in ("draw", "compare", "stop")] == ["draw", "compare", "stop"]
+    assert [name for name in reached if name in ("draw", "compare", "stop")][:3] == ["draw", "compare", "stop"]
     page.context.close()
 
 
