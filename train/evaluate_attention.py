@@ -43,9 +43,7 @@ class Arguments:
     num_inference_steps: int = field(default=20, metadata={"help": "Denoising steps."})
     guidance_scale: float = field(default=3.0, metadata={"help": "Classifier-free guidance."})
     batch_size: int = field(default=20, metadata={"help": "Images drawn at once; changes nothing but time."})
-    strategies: list[LongPrompt] = field(
-        default_factory=lambda: list(STRATEGIES), metadata={"help": f"Among {STRATEGIES}."}
-    )
+    strategies: list[str] = field(default_factory=lambda: list(STRATEGIES), metadata={"help": f"Among {STRATEGIES}."})
 
     def __post_init__(self) -> None:
         for name, least in {"num_prompts": 2, "batch_size": 1, "num_inference_steps": 1}.items():
@@ -108,7 +106,7 @@ def main(args: Arguments) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
     report: dict = {"settings": settings, "strategies": {}}
-    for strategy in args.strategies:
+    for strategy in (name for name in STRATEGIES if name in args.strategies):
         rows = evaluate(pipe, strategy, args)
         seeds = torch.tensor([row["seed"] for row in rows])
         report["strategies"][strategy] = {"prompts": len(seeds.unique()), "rows": rows} | {
