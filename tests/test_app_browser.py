@@ -1,27 +1,17 @@
 """The page as a person uses it: Debian's Chromium, driven by Playwright, at desktop and at phone width."""
 
-import os
 import re
-import shutil
 
 import pytest
 import studio
 import tryouts
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 import app
 from finelip_diffusion import FineLIPStableDiffusionPipeline
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 PATIENCE = 30_000  # milliseconds for what takes a second where nothing else runs
 VIEWPORTS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 375, "height": 812}}
-
-if CHROMIUM is None and not os.environ.get("FINELIP_NEEDS_BROWSER"):
-    pytest.skip("the page's browser tests need Chromium: apt install chromium", allow_module_level=True)
 
 expect.set_options(timeout=PATIENCE)
 
@@ -32,16 +22,6 @@ def url():
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.look())
     yield url
     demo.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.fail("FINELIP_NEEDS_BROWSER is set, but there is no Chromium: apt install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 def open_page(browser: Browser, url: str, width: str = "desktop") -> Page:
