@@ -38,7 +38,7 @@ every_recipe = pytest.mark.parametrize("name", CONTENTS)
 def recipe_of(name: str) -> Recipe:
     """As in its file, but for principal components, of which a small batch has few."""
     content: dict[str, Any] = {**CONTENTS[name]}
-    if "coarse" in content:
+    if "pca_image" in content.get("coarse", {}):
         content["coarse"] = {"pca_image": {**content["coarse"]["pca_image"], "components": 3}}
     return make_recipe(name, content)
 
