@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .components import attach
     from .model import FineLIPConfig, FineLIPModel
-    from .pipeline import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline, attach
+    from .pipeline import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
     from .prompts import PromptReport
     from .text_encoder import load_text_encoder
 
@@ -31,7 +32,7 @@ _MODULES = {
     "FineLIPStableDiffusionPipeline": "pipeline",
     "FineLIPStableDiffusionXLPipeline": "pipeline",
     "PromptReport": "prompts",
-    "attach": "pipeline",
+    "attach": "components",
     "load_text_encoder": "text_encoder",
 }
 

@@ -1,6 +1,5 @@
-"""Stable Diffusion pipelines for long prompts: thin subclasses of diffusers' own, and `attach` for the others."""
+"""Stable Diffusion pipelines for long prompts: thin subclasses of diffusers' own."""
 
-import copy
 import json
 import logging
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
@@ -29,18 +28,15 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from .components import STOCK_POSITIONS, check_widths, is_stock, long_encoder
 from .encoding import encode_readings
-from .positions import stretch_positions
 from .prompts import LONG_PROMPTS, Cut, LongPrompt, PromptReport, Reading, read_prompt
-from .text_encoder import TextEncoder, check_width, load_text_encoder, text_embeddings
+from .text_encoder import TextEncoder
 
 logger = logging.getLogger(__name__)
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
 """A small Stable Diffusion of the scenes world; its `finelip/` holds the long encoder and the UNet adapted to it."""
-
-STOCK_POSITIONS = 77
-"""Positions of CLIP's text tower as it was published: an encoder with more of them is a long one."""
 
 SECOND_ENCODERS = ("stretch", "window")
 HIDDEN_STATES = ("penultimate", "last_norm")
@@ -339,9 +335,9 @@ class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
         finelip: str | Path | None = None,
         long_prompt: str = "stretch",
     ):
-        if _is_stock(text_encoder):
+        if is_stock(text_encoder):
             stock_text_encoder, stock_tokenizer = text_encoder, tokenizer
-        text_encoder, tokenizer = _long_encoder(text_encoder, tokenizer, finelip)
+        text_encoder, tokenizer = long_encoder(text_encoder, tokenizer, finelip)
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
@@ -354,7 +350,7 @@ class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
             requires_safety_checker=requires_safety_checker,
         )
         self.register_modules(stock_text_encoder=stock_text_encoder, stock_tokenizer=stock_tokenizer)
-        _check_widths([text_encoder], unet)
+        check_widths([text_encoder], unet)
         self.long_prompt = long_prompt
 
     @torch.no_grad()
@@ -519,12 +515,12 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
         second_encoder: str = "stretch",
         hidden_state: str = "penultimate",
     ):
-        if _is_stock(text_encoder):
+        if is_stock(text_encoder):
             stock_text_encoder, stock_tokenizer = text_encoder, tokenizer
-        if _is_stock(text_encoder_2):
+        if is_stock(text_encoder_2):
             stock_text_encoder_2, stock_tokenizer_2 = text_encoder_2, tokenizer_2
-        text_encoder, tokenizer = _long_encoder(text_encoder, tokenizer, finelip)
-        text_encoder_2, tokenizer_2 = _long_encoder(text_encoder_2, tokenizer_2, warn=False)
+        text_encoder, tokenizer = long_encoder(text_encoder, tokenizer, finelip)
+        text_encoder_2, tokenizer_2 = long_encoder(text_encoder_2, tokenizer_2, warn=False)
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
@@ -544,7 +540,7 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
             stock_tokenizer=stock_tokenizer,
             stock_tokenizer_2=stock_tokenizer_2,
         )
-        _check_widths([text_encoder, text_encoder_2], unet)
+        check_widths([text_encoder, text_encoder_2], unet)
         self.long_prompt = long_prompt
         self.second_encoder = _one_of("second_encoder", second_encoder, SECOND_ENCODERS)
         self.hidden_state = _one_of("hidden_state", hidden_state, HIDDEN_STATES)
@@ -657,104 +653,6 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
             span_length = readers[0].tokenizer.model_max_length
             readers[1] = replace(self._reader(_STOCK, "_2", "chunk"), span_length=span_length)
         return readers
-
-
-def attach(pipe: DiffusionPipeline, finelip: str | Path | None = None, **options: Any) -> DiffusionPipeline:
-    """Gives a long text encoder to other diffusers pipelines that read through CLIP: img2img, inpaint, ControlNet.
-
-    The pipeline stays diffusers' own and reads 248 tokens by itself; strategies other than "stretch", and `clip_skip`
-    where diffusers has it broken, are the business of this package's pipelines. SDXL gets both encoders, the second
-    stretched without training. The UNet stays: one that was adapted to the encoder is given to the pipeline by
-    `pipe.register_modules(unet=...)`.
-
-    Args:
-        pipe: The pipeline; its components are replaced, never changed, so others that share them keep theirs.
-        finelip: Any source of `load_text_encoder`; None stretches the pipeline's own encoder without training.
-        **options: For `load_text_encoder`, such as `pad_token`.
-
-    Returns:
-        `pipe`.
-
-    Raises:
-        ValueError: If the pipeline has a text encoder that is no CLIP, or none for `finelip` to replace, is already
-            set up for offloading, or its UNet reads another width; and whatever `load_text_encoder` raises.
-    """
-    encoders = {name: part for name, part in pipe.components.items() if name in ("text_encoder", "text_encoder_2")}
-    encoders = {name: part for name, part in encoders.items() if part is not None}
-    foreign = [
-        f"{name} ({type(part).__name__})" for name, part in encoders.items() if not isinstance(part, TextEncoder)
-    ]
-    if foreign or not encoders or "text_encoder_3" in pipe.components:
-        parts = ", ".join(foreign) or "no CLIP text encoders alone"
-        raise ValueError(f"{type(pipe).__name__} reads prompts through {parts}: attach needs CLIP text encoders only.")
-    if finelip is not None and "text_encoder" not in encoders:
-        raise ValueError(f"{type(pipe).__name__} has no text_encoder that finelip={finelip} could replace.")
-    if any(hasattr(part, "_hf_hook") for part in encoders.values()):
-        raise ValueError("the pipeline is set up for offloading already: attach first, then enable the offloading.")
-    replaced: dict[str, Any] = {}
-    for name, text_encoder in encoders.items():
-        tokenizer = name.replace("text_encoder", "tokenizer")
-        source = finelip if name == "text_encoder" else None
-        replaced[name], replaced[tokenizer] = _long_encoder(
-            text_encoder, getattr(pipe, tokenizer), source, warn=name == "text_encoder", **options
-        )
-    _check_widths([replaced[name] for name in encoders], pipe.components.get("unet"))
-    pipe.register_modules(**replaced)
-    return pipe
-
-
-def _long_encoder(
-    text_encoder: TextEncoder | None,
-    tokenizer: CLIPTokenizer | None,
-    finelip: str | Path | None = None,
-    *,
-    warn: bool = True,
-    **options: Any,
-) -> tuple[TextEncoder | None, CLIPTokenizer | None]:
-    """The encoder that takes the place of `text_encoder`, in its dtype and on its device, and its tokenizer."""
-    if finelip is not None:
-        if text_encoder is None:
-            return load_text_encoder(finelip, **options)
-        projection = isinstance(text_encoder, CLIPTextModelWithProjection)
-        options = {"projection": projection, "dtype": text_encoder.dtype, **options}
-        found, tokenizer = load_text_encoder(finelip, **options)
-        return found.to(text_encoder.device), tokenizer
-    if text_encoder is None or tokenizer is None:
-        return text_encoder, tokenizer
-    if _is_stock(text_encoder):
-        if warn:
-            logger.warning(
-                "the text encoder is stretched from %d positions without training: prompts of more than 20 tokens "
-                "are read differently, and worse than by a trained one (finelip=).",
-                text_encoder.config.max_position_embeddings,
-            )
-        text_encoder = _stretched(text_encoder)
-    if tokenizer.model_max_length != text_encoder.config.max_position_embeddings:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.model_max_length = text_encoder.config.max_position_embeddings
-    return text_encoder, tokenizer
-
-
-def _stretched(text_encoder: TextEncoder) -> TextEncoder:
-    """A copy with a longer position table."""
-    text_encoder = copy.deepcopy(text_encoder)
-    embeddings = text_embeddings(text_encoder)
-    table = stretch_positions(embeddings.position_embedding.weight)
-    embeddings.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-    embeddings.position_ids = torch.arange(len(table), device=table.device).unsqueeze(0)
-    text_encoder.config.max_position_embeddings = len(table)
-    return text_encoder
-
-
-def _is_stock(text_encoder: TextEncoder | None) -> bool:
-    return text_encoder is not None and text_encoder.config.max_position_embeddings <= STOCK_POSITIONS
-
-
-def _check_widths(text_encoders: list[TextEncoder | None], unet: UNet2DConditionModel | None) -> None:
-    """`check_width` for the encoders there are; the SDXL refiner has only one, diffusers allows none at all."""
-    there = [text_encoder for text_encoder in text_encoders if text_encoder is not None]
-    if there and unet is not None:
-        check_width(there, unet)
 
 
 @contextmanager

@@ -15,7 +15,17 @@ PACKAGE = ROOT / "finelip_diffusion"
 # Lines of rooms, in reading order: a module may import those before it in its own line, and all of the lines that its
 # own uses. A new module gets its place here. What draws knows nothing of training, and the bundled world of neither.
 LINES = {
-    "draw": ["positions", "checkpoints", "tokenizer", "text_encoder", "prompts", "encoding", "pipeline", "attention"],
+    "draw": [
+        "positions",
+        "checkpoints",
+        "tokenizer",
+        "text_encoder",
+        "components",
+        "prompts",
+        "encoding",
+        "pipeline",
+        "attention",
+    ],
     "world": ["scenes", "metrics"],
     "data": ["captions", "sources", "data", "batches"],
     "train": ["refinement", "scores", "losses", "preservation", "recipes", "model", "objective"],
