@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .components import attach
+    from .encoding import PromptEmbeds
     from .model import FineLIPConfig, FineLIPModel
     from .pipeline import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
     from .prompts import PromptReport
@@ -20,6 +21,7 @@ __all__ = [
     "FineLIPModel",
     "FineLIPStableDiffusionPipeline",
     "FineLIPStableDiffusionXLPipeline",
+    "PromptEmbeds",
     "PromptReport",
     "__version__",
     "attach",
@@ -31,6 +33,7 @@ _MODULES = {
     "FineLIPModel": "model",
     "FineLIPStableDiffusionPipeline": "pipeline",
     "FineLIPStableDiffusionXLPipeline": "pipeline",
+    "PromptEmbeds": "encoding",
     "PromptReport": "prompts",
     "attach": "components",
     "load_text_encoder": "text_encoder",

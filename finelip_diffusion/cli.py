@@ -14,6 +14,7 @@ from . import __version__
 
 DTYPES = ("float32", "float16", "bfloat16")
 LONG_PROMPTS = ("stretch", "truncate", "chunk", "segment", "auto")
+WEIGHTINGS = ("plain", "a1111", "compel")
 BUNDLED_GUIDANCE_SCALE = 3.0  # it is a small model without much to guide: at 7.5 it draws wrong colours
 
 
@@ -81,6 +82,8 @@ def generate(args: argparse.Namespace) -> None:
             "model": args.model or "bundled",
             "finelip": args.finelip,
             "long_prompt": args.long_prompt,
+            "weighting": args.weighting,
+            "blend": args.blend,
             "seed": seed,
             "steps": args.steps,
             "guidance_scale": guidance_scale,
@@ -150,6 +153,10 @@ def _parser() -> argparse.ArgumentParser:
     read.add_argument("--model", help="folder or hub id of a Stable Diffusion (default: the bundled model)")
     read.add_argument("--finelip", metavar="SOURCE", help="a long text encoder: folder, hub id or checkpoint file")
     read.add_argument("--long-prompt", choices=LONG_PROMPTS, default="stretch", help="how the prompt is read")
+    read.add_argument(
+        "--weighting", choices=WEIGHTINGS, default="plain", help="syntax of weights (default: plain, none)"
+    )
+    read.add_argument("--blend", metavar="SHARE", type=float, default=1.0, help="of the long encoder (default: 1)")
     read.add_argument("--dtype", choices=DTYPES, default="float32")
     read.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
 
@@ -291,7 +298,9 @@ def load_pipeline(
 
 
 def _pipeline(args: argparse.Namespace):
-    return load_pipeline(args.model, args.finelip, long_prompt=args.long_prompt, dtype=args.dtype, device=args.device)
+    pipe = load_pipeline(args.model, args.finelip, long_prompt=args.long_prompt, dtype=args.dtype, device=args.device)
+    pipe.weighting, pipe.blend = args.weighting, args.blend
+    return pipe
 
 
 def _write_image(image: Any, path: Path, metadata: dict[str, Any]) -> None:

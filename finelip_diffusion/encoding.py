@@ -1,11 +1,18 @@
 """Readings in, token states out: windows through a CLIP text encoder, joined and brought to one length."""
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from .prompts import Reading, Window
-from .text_encoder import TextEncoder, final_layer_norm
+from .prompts import Reading, Run, Window
+from .text_encoder import TextEncoder
+from .weighting import encode_layer, weigh
 
 
 def encode_readings(
@@ -31,35 +38,50 @@ def encode_readings(
 
     Returns:
         (B, length, D) token states, and the (B, E) pooled output of each prompt's first window, or None where the
-        encoder has no projection.
+        encoder has no projection. Weights of words change the states, not the pooled output.
 
     Raises:
-        ValueError: If the encoder has no such layer.
+        ValueError: If the encoder has no such layer, or a prompt has weights and compel is not installed.
     """
     windows = [window for reading in readings for window in reading.windows]
-    if any(length > reading.length or reading.span_length for reading in readings):
+    if any(length > reading.length or reading.span_length or reading.window_weights for reading in readings):
         windows.append(())  # what shorter prompts go on with
     input_ids = torch.tensor([_frame(window, readings[0].window_length, tokenizer) for window in windows])  # (W, T)
-    output = text_encoder(input_ids.to(device), output_hidden_states=True)
-    if not -len(output.hidden_states) <= layer <= -1:
-        layers = len(output.hidden_states) - 1
-        raise ValueError(f"clip_skip asks for layer {layers + 1 + layer} of a text encoder that has {layers} layers.")
-    states = output.hidden_states[layer]  # (W, T, D)
-    if norm:
-        states = final_layer_norm(text_encoder)(states)
+    states, pooled = encode_layer(text_encoder, input_ids.to(device), layer, norm)  # (W, T, D), (W, E)
     empty = states[-1]
+    runs = [run for reading in readings for run in _runs(reading)]
+    uneven = [k for k, own in enumerate(runs) if own]
+    if uneven:
+        read = [(windows[k], runs[k]) for k in uneven]
+        weighed = weigh(read, text_encoder, tokenizer, device=device, layer=layer, norm=norm)
+        states = states.index_copy(0, torch.tensor(uneven, device=states.device), torch.stack(list(weighed)))
 
     rows, firsts, used = [], [], 0
     for reading in readings:
         firsts.append(used)
         spans = []
         for span in reading.spans:
-            span_states = _join(states[used : used + len(span)], span)
+            own = states[used : used + len(span)]
+            if reading.window_weights:
+                first = used - firsts[-1]
+                weights = own.new_tensor(reading.window_weights[first : first + len(span)])
+                own = empty + weights[:, None, None] * (own - empty)
+            span_states = _join(own, span)
             spans.append(_fit(span_states, reading.span_length or len(span_states), empty))
             used += len(span)
         rows.append(_fit(torch.cat(spans), length, empty))
-    pooled = getattr(output, "text_embeds", None)
     return torch.stack(rows), None if pooled is None else pooled[firsts]
+
+
+def _runs(reading: Reading) -> list[list[Run]]:
+    """By window, the runs of its tokens that weigh other than 1."""
+    runs, start = [], 0
+    for window in reading.windows:
+        stop = start + len(window)
+        inside = [(max(a, start) - start, min(b, stop) - start, w) for a, b, w in reading.weights]
+        runs.append([run for run in inside if run[0] < run[1]])
+        start = stop
+    return runs
 
 
 def _frame(window: Window, length: int, tokenizer: CLIPTokenizer) -> list[int]:
@@ -78,3 +100,66 @@ def _fit(states: Tensor, length: int, empty: Tensor) -> Tensor:
     """(T, D) -> (length, D): cut, or continued with (T_empty, D) as often as it takes."""
     missing = max(length - len(states), 0)
     return torch.cat([states[:length], empty.repeat(-(-missing // len(empty)), 1)[:missing]])
+
+
+@dataclass(frozen=True, eq=False)
+class PromptEmbeds(Mapping[str, Tensor]):
+    """What a pipeline's `encode` makes of prompts, to draw from as often as wanted: `pipe(**embeds)`.
+
+    Attributes:
+        prompt_embeds: (B, T, D) states of the prompts.
+        negative_prompt_embeds: (B, T, D) states of the negative prompts.
+        pooled_prompt_embeds: (B, E), SDXL's, or None.
+        negative_pooled_prompt_embeds: (B, E), SDXL's, or None.
+        metadata: What was encoded, and how.
+    """
+
+    prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor | None = None
+    negative_pooled_prompt_embeds: Tensor | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        names = (entry.name for entry in fields(self) if entry.name != "metadata")
+        return (name for name in names if getattr(self, name) is not None)
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == own for own in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)  # tuple() would ask for the length
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.part")
+        tensors = {name: tensor.contiguous() for name, tensor in self.items()}
+        save_file(tensors, partial, metadata={"format": "pt", **self.metadata})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> "PromptEmbeds":
+        """Reads what `save` wrote.
+
+        Args:
+            path: The file.
+            device: Where the tensors go.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is none of `save`'s.
+        """
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = dict(file.metadata() or {})
+            return cls(**tensors, metadata={key: value for key, value in metadata.items() if key != "format"})
+        except (SafetensorError, TypeError) as error:
+            raise ValueError(f"{path} holds no encoded prompts of PromptEmbeds.save: encode them again.") from error

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,19 +29,22 @@ from transformers import (
 )
 
 from .components import STOCK_POSITIONS, check_widths, is_stock, long_encoder
-from .encoding import encode_readings
-from .prompts import LONG_PROMPTS, Cut, LongPrompt, PromptReport, Reading, read_prompt
+from .encoding import PromptEmbeds, encode_readings
+from .prompts import LONG_PROMPTS, Cut, LongPrompt, PromptReport, Reading, WeightedText, read_prompt
 from .text_encoder import TextEncoder
+from .weighting import WEIGHTINGS, Weighting, parse_weights
 
 logger = logging.getLogger(__name__)
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
 """A small Stable Diffusion of the scenes world; its `finelip/` holds the long encoder and the UNet adapted to it."""
 
+_EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
 SECOND_ENCODERS = ("stretch", "window")
 HIDDEN_STATES = ("penultimate", "last_norm")
 
-_CUTS: dict[str, Cut] = {"stretch": "windows", "truncate": "first", "chunk": "windows", "segment": "sentences"}
+_CUTS: dict[str, Cut] = {"stretch": "packed", "truncate": "first", "chunk": "windows", "segment": "sentences"}
 _STOCK = "stock_"  # model_index.json has these components under a leading underscore: diffusers' own classes skip them
 
 
@@ -55,8 +58,12 @@ class _Reader:
     cut: Cut
     span_length: int | None = None
 
-    def read(self, prompt: str) -> Reading:
+    def read(self, prompt: WeightedText) -> Reading:
         return read_prompt(prompt, self.tokenizer, self.cut, encoder=self.name, span_length=self.span_length)
+
+
+_Mixed = list[tuple[float, Reading]]
+"""Readings of one prompt, whose states are added up, each with its factor."""
 
 
 class _LongPromptMixin:
@@ -66,6 +73,8 @@ class _LongPromptMixin:
     _stock_class: ClassVar[type[DiffusionPipeline]]
     _places: ClassVar[tuple[str, ...]] = ("",)
     _long_prompt: LongPrompt = "stretch"
+    _weighting: Weighting = "plain"
+    _blend: float = 1.0
 
     @property
     def long_prompt(self) -> LongPrompt:
@@ -75,6 +84,26 @@ class _LongPromptMixin:
     @long_prompt.setter
     def long_prompt(self, value: str) -> None:
         self._long_prompt = _one_of("long_prompt", value, LONG_PROMPTS)
+
+    @property
+    def weighting(self) -> Weighting:
+        """The syntax in which words of a prompt get their weights: `"plain"` (none), `"a1111"` or `"compel"`."""
+        return self._weighting
+
+    @weighting.setter
+    def weighting(self, value: str) -> None:
+        self._weighting = _one_of("weighting", value, WEIGHTINGS)
+
+    @property
+    def blend(self) -> float:
+        """Share of the long encoder's states in what `"stretch"` reads; the rest are the stock encoder's."""
+        return self._blend
+
+    @blend.setter
+    def blend(self, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise ValueError(f"blend={value} is no share: give 0 (the stock encoder) to 1 (the long one).")
+        self._blend = float(value)
 
     @classmethod
     def from_pretrained(
@@ -145,83 +174,128 @@ class _LongPromptMixin:
                 super().load_textual_inversion(*args, **{**kwargs, "text_encoder": stock, "tokenizer": tokenizer})  # type: ignore[misc]
 
     def describe_prompt(
-        self, prompt: str | list[str], long_prompt: LongPrompt | None = None
+        self,
+        prompt: str | list[str],
+        long_prompt: LongPrompt | None = None,
+        weighting: Weighting | None = None,
+        blend: float | None = None,
     ) -> PromptReport | list[PromptReport]:
         """Says what the pipeline would read of a prompt, and what it would drop.
 
         Args:
             prompt: A prompt, or those of one call.
             long_prompt: A strategy, or None for the pipeline's.
+            weighting: A syntax of weights, or None for the pipeline's.
+            blend: A share of the long encoder, or None for the pipeline's.
 
         Returns:
             The report, or one for each prompt of a list.
 
         Raises:
-            ValueError: If the strategy is unknown, or needs a stock encoder that the pipeline does not have.
+            ValueError: If an argument is none of its choices, or a strategy needs a stock encoder that the pipeline
+                does not have.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        how = self._decide(long_prompt, prompts)
-        readers = self._readers(how)
-        reports = [
-            PromptReport(text, how, tuple(reader.read(self._expand(text, reader)) for reader in readers))
-            for text in prompts
-        ]
+        with self._reading_with(long_prompt, weighting, blend):
+            how, sides = self._sides(prompts)
+            readers = [reader for _, side in sides for reader in side]
+            reports = [
+                PromptReport(text, how, tuple(r for reader in readers for _, r in self._read(reader, text)))
+                for text in prompts
+            ]
         return reports[0] if isinstance(prompt, str) else reports
 
-    def _decide(self, long_prompt: LongPrompt | None, prompts: list[str]) -> LongPrompt:
+    def encode(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        *,
+        long_prompt: LongPrompt | None = None,
+        weighting: Weighting | None = None,
+        blend: float | None = None,
+        **kwargs: Any,
+    ) -> PromptEmbeds:
+        """Encodes prompts once, to draw from them as often as wanted: `pipe(**pipe.encode(prompt), generator=...)`.
+
+        Args:
+            prompt: One prompt or several.
+            negative_prompt: One for all, or one for each; None as in a call without.
+            long_prompt: How prompts are read, or None for the pipeline's setting.
+            weighting: The syntax of weights, or None for the pipeline's setting.
+            blend: Share of the long encoder, or None for the pipeline's setting.
+            **kwargs: For `encode_prompt`, such as `prompt_2` and `clip_skip`.
+
+        Returns:
+            States and, for SDXL, pooled outputs; `save` writes them to a file.
+
+        Raises:
+            ValueError: Whatever `encode_prompt` raises.
+        """
+        with self._reading_with(long_prompt, weighting, blend), torch.no_grad():
+            encoded = self.encode_prompt(  # type: ignore[attr-defined]
+                prompt,
+                device=self._execution_device,  # type: ignore[attr-defined]
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=True,
+                negative_prompt=negative_prompt,
+                **kwargs,
+            )
+            texts = {"prompt": prompt, "negative_prompt": negative_prompt, **kwargs}
+            settings = {"long_prompt": self.long_prompt, "weighting": self.weighting, "blend": self.blend}
+        self.maybe_free_model_hooks()  # type: ignore[attr-defined]
+        states, pooled = encoded[:2], encoded[2:] or (None, None)
+        return PromptEmbeds(*states, *pooled, {"encoded": json.dumps(texts | settings, default=str)})  # type: ignore[call-arg]
+
+    def _decide(self, prompts: list[str]) -> LongPrompt:
         """Turns `"auto"` into one strategy for all prompts of a call: guidance compares states of one encoder."""
-        how = _one_of("long_prompt", long_prompt or self.long_prompt, LONG_PROMPTS)
-        if how != "auto":
-            return how
-        stock = self._readers("truncate")
-        fits = all(not reader.read(self._expand(text, reader)).dropped for reader in stock for text in prompts)
-        return "truncate" if fits else "stretch"
+        if self.long_prompt != "auto":
+            return self.long_prompt
+        return "truncate" if self._fit(self._readers("truncate"), prompts) else "stretch"
+
+    def _fit(self, readers: list[_Reader], prompts: list[str]) -> bool:
+        """Whether the readers drop nothing."""
+        return not any(r.dropped for reader in readers for text in prompts for _, r in self._read(reader, text))
+
+    def _sides(self, prompts: list[str]) -> tuple[LongPrompt, list[tuple[float, list[_Reader]]]]:
+        """The strategy of a call, and its readers with the share that their states have in what the UNet reads.
+
+        Under a blend the stock encoder stands beside the long one, position by position: in its own window where the
+        whole call fits it, and the states of the long encoder end there, too; else in windows that are joined to the
+        length of the long ones.
+        """
+        how = self._decide(prompts)
+        readers = self._readers(how)
+        if how != "stretch" or self.blend == 1:
+            return how, [(1.0, readers)]
+        stock = [self._reader(_STOCK, place, "truncate", f"blend={self.blend}") for place in self._places]
+        if not self._fit(stock, prompts):
+            span_length = readers[0].tokenizer.model_max_length
+            stock = [replace(reader, cut="packed", span_length=span_length) for reader in stock]
+        sides = [(self.blend, readers), (1 - self.blend, stock)]
+        return how, [side for side in sides if side[0] > 0]
 
     def _readers(self, how: LongPrompt) -> list[_Reader]:
         """The encoders that a strategy reads with, in the order of their channels."""
         prefix = "" if how == "stretch" else _STOCK
         return [self._reader(prefix, place, how) for place in self._places]
 
-    def _reader(self, prefix: str, place: str, how: str) -> _Reader:
+    def _reader(self, prefix: str, place: str, how: str, asked: str = "") -> _Reader:
         name = f"{prefix}text_encoder{place}"
         text_encoder, tokenizer = getattr(self, name), getattr(self, f"{prefix}tokenizer{place}")
         if text_encoder is None or tokenizer is None:
             raise ValueError(
-                f"long_prompt={how!r} reads with {name}, which this pipeline does not have: load it from a base "
-                f"with a {STOCK_POSITIONS}-token text encoder, or pass {name}= and {prefix}tokenizer{place}=."
+                f"{asked or f'long_prompt={how!r}'} reads with {name}, which this pipeline does not have: load it "
+                f"from a base with a {STOCK_POSITIONS}-token text encoder, or pass {name}= and "
+                f"{prefix}tokenizer{place}=."
             )
         return _Reader(name, text_encoder, tokenizer, _CUTS[how])
 
-    def _expand(self, prompt: str, reader: _Reader) -> str:
-        """Writes textual inversions of several vectors out, as diffusers does."""
+    def _read(self, reader: _Reader, prompt: str) -> _Mixed:
+        """Reads one prompt: textual inversions written out, as diffusers does, then weights, then windows."""
         added = reader.tokenizer.added_tokens_encoder
         if any(f"{token}_1" in added for token in added):
-            return self.maybe_convert_prompt(prompt, reader.tokenizer)  # type: ignore[attr-defined]
-        return prompt
-
-    def _read(self, readers: list[_Reader], texts: list[list[str]]) -> list[list[Reading]]:
-        """Cuts the texts, one list for each reader."""
-        return [
-            [reader.read(self._expand(text, reader)) for text in part]
-            for reader, part in zip(readers, texts, strict=True)
-        ]
-
-    def _embed(
-        self,
-        readers: list[_Reader],
-        readings: list[list[Reading]],
-        length: int,
-        *,
-        device: torch.device,
-        layer: int,
-        norm: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Encodes readings, one list for each reader, to (B, length, D) states and (B, E) pooled output, if any."""
-        encoded = [
-            encode_readings(read, reader.text_encoder, reader.tokenizer, length, device=device, layer=layer, norm=norm)
-            for reader, read in zip(readers, readings, strict=True)
-        ]
-        return torch.cat([states for states, _ in encoded], dim=-1), encoded[-1][1]  # each (B, T, D_i) -> (B, T, D)
+            prompt = self.maybe_convert_prompt(prompt, reader.tokenizer)  # type: ignore[attr-defined]
+        return [(factor, reader.read(text)) for factor, text in parse_weights(prompt, self.weighting)]
 
     def _encode(
         self,
@@ -230,7 +304,6 @@ class _LongPromptMixin:
         prompt_embeds: Tensor | None,
         negative_prompt_embeds: Tensor | None,
         *,
-        long_prompt: LongPrompt | None,
         device: torch.device,
         lora_scale: float | None,
         layers: tuple[int, int],
@@ -243,7 +316,6 @@ class _LongPromptMixin:
             negative_prompts: The same for the negative side, or None where nothing is to be encoded.
             prompt_embeds: (B, T, D) or None.
             negative_prompt_embeds: (B, T, D) or None.
-            long_prompt: Strategy, or None for the pipeline's.
             device: Where the encoders run.
             lora_scale: Weight of LoRA layers in the encoders.
             layers: Indices into the hidden states, for the prompts and for the negative ones.
@@ -253,35 +325,57 @@ class _LongPromptMixin:
             prompt_embeds, negative_prompt_embeds, pooled and negative pooled; the pooled ones only where text was
             encoded and the last encoder pools.
         """
-        texts = [text for side in (prompts, negative_prompts) for part in side or [] for text in part]
-        readers = self._readers(self._decide(long_prompt, texts))
-        read = [self._read(readers, side) if side else None for side in (prompts, negative_prompts)]
-        everything = [reading for side in read for part in side or [] for reading in part]
-        _warn_about_dropped_text(everything)
+        asked = (prompts, negative_prompts)
+        _, sides = self._sides([text for texts in asked for part in texts or [] for text in part])
+
+        def read(readers: list[_Reader], texts: list[list[str]]) -> list[list[_Mixed]]:
+            return [[self._read(reader, text) for text in part] for reader, part in zip(readers, texts, strict=True)]
+
+        def embed(readings: list[list[list[_Mixed]]], length: int, layer: int) -> tuple[Tensor, Tensor | None]:
+            how = {"device": device, "layer": layer, "norm": norm}
+            found = [
+                (share, _embed(readers, own, length, **how))
+                for (share, readers), own in zip(sides, readings, strict=True)
+            ]
+            pooled = [(share, vectors) for share, (_, vectors) in found if vectors is not None]
+            return _add([(share, states) for share, (states, _) in found]), _add(pooled) if pooled else None
+
+        readings = [[read(readers, texts) for _, readers in sides] if texts else None for texts in asked]
+        _warn(mixed for own in readings for side in own or [] for part in side for mixed in part)
         ready = [prompt_embeds, negative_prompt_embeds]
-        length = max([r.length for r in everything] + [t.shape[1] for t in ready if t is not None])
+        lengths = [r.length for own in readings if own for part in own[-1] for mixed in part for _, r in mixed]
+        length = max(lengths + [states.shape[1] for states in ready if states is not None])
         pooled: list[Tensor | None] = [None, None]
-        with _lora_scaled([reader.text_encoder for reader in readers], lora_scale):
-            for i, (side, layer) in enumerate(zip(read, layers, strict=True)):
-                if side is not None:
-                    ready[i], pooled[i] = self._embed(readers, side, length, device=device, layer=layer, norm=norm)
-            for i, (states, layer) in enumerate(zip(ready, layers, strict=True)):
-                if states is not None and states.shape[1] < length:
-                    empty = [[reader.read("")] for reader in readers]
-                    missing = length - states.shape[1]
-                    tail, _ = self._embed(readers, empty, missing, device=device, layer=layer, norm=norm)
-                    ready[i] = torch.cat([states, tail.to(states).expand(len(states), -1, -1)], dim=1)
+        with _lora_scaled([reader.text_encoder for _, readers in sides for reader in readers], lora_scale):
+            for i, layer in enumerate(layers):
+                if (own := readings[i]) is not None:
+                    ready[i], pooled[i] = embed(own, length, layer)
+                if (states := ready[i]) is not None and (missing := length - states.shape[1]):
+                    empty = [read(readers, [[""]] * len(readers)) for _, readers in sides]
+                    tail = embed(empty, missing, layer)[0].to(states)
+                    ready[i] = torch.cat([states, tail.expand(len(states), -1, -1)], dim=1)
         return ready[0], ready[1], pooled[0], pooled[1]
 
     @contextmanager
-    def _reading_with(self, long_prompt: LongPrompt | None) -> Iterator[None]:
-        """Another strategy for one call."""
-        usual = self.long_prompt
-        self.long_prompt = long_prompt or usual
+    def _reading_with(
+        self, long_prompt: LongPrompt | None, weighting: Weighting | None, blend: float | None
+    ) -> Iterator[None]:
+        """Other settings for one call."""
+        if blend is not None and blend < 1 and (how := long_prompt or self.long_prompt) not in ("stretch", "auto"):
+            raise ValueError(
+                f"blend={blend} mixes into what the long encoder reads, but long_prompt={how!r} reads with the stock "
+                "encoder alone: leave one of the two out."
+            )
+        usual = {"long_prompt": self.long_prompt, "weighting": self.weighting, "blend": self.blend}
+        own = {"long_prompt": long_prompt, "weighting": weighting, "blend": blend}
         try:
+            for name, value in own.items():
+                if value is not None:
+                    setattr(self, name, value)
             yield
         finally:
-            self.long_prompt = usual
+            for name, value in usual.items():
+                setattr(self, name, value)
 
 
 class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
@@ -302,9 +396,11 @@ class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
         stock_tokenizer: Its tokenizer.
         finelip: Any source of `load_text_encoder`.
         long_prompt: How prompts are read.
+        weighting: The syntax in which words get their weights: `"plain"` (none), `"a1111"` or `"compel"`.
+        blend: Share of the long encoder's states in what `"stretch"` reads; the rest are the stock encoder's.
 
     Raises:
-        ValueError: If an encoder's width is not the one that the UNet reads.
+        ValueError: If an encoder's width is not the one that the UNet reads, or an argument is none of its choices.
     """
 
     model_cpu_offload_seq = f"stock_text_encoder->{StableDiffusionPipeline.model_cpu_offload_seq}"
@@ -334,6 +430,8 @@ class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
         stock_tokenizer: CLIPTokenizer | None = None,
         finelip: str | Path | None = None,
         long_prompt: str = "stretch",
+        weighting: str = "plain",
+        blend: float = 1.0,
     ):
         if is_stock(text_encoder):
             stock_text_encoder, stock_tokenizer = text_encoder, tokenizer
@@ -351,27 +449,37 @@ class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
         )
         self.register_modules(stock_text_encoder=stock_text_encoder, stock_tokenizer=stock_tokenizer)
         check_widths([text_encoder], unet)
-        self.long_prompt = long_prompt
+        self.long_prompt, self.weighting, self.blend = long_prompt, weighting, blend
 
     @torch.no_grad()
     def __call__(
-        self, prompt: str | list[str] | None = None, *args: Any, long_prompt: LongPrompt | None = None, **kwargs: Any
+        self,
+        prompt: str | list[str] | None = None,
+        *args: Any,
+        long_prompt: LongPrompt | None = None,
+        weighting: Weighting | None = None,
+        blend: float | None = None,
+        **kwargs: Any,
     ):
-        """Generates images; everything but `long_prompt` is an argument of diffusers' `StableDiffusionPipeline`.
+        """Generates images; all arguments but `long_prompt`, `weighting` and `blend` are those of diffusers'
+        `StableDiffusionPipeline`.
 
         Args:
             prompt: One prompt or several.
             *args: As in diffusers.
             long_prompt: How prompts are read in this call, or None for the pipeline's setting.
+            weighting: The syntax of weights in this call, or None for the pipeline's setting.
+            blend: Share of the long encoder in this call, or None for the pipeline's setting.
             **kwargs: As in diffusers.
 
         Returns:
             As in diffusers.
 
         Raises:
-            ValueError: For what diffusers refuses, an unknown strategy, or one whose encoder is missing.
+            ValueError: For what diffusers refuses, an argument that is none of its choices, or a strategy whose
+                encoder is missing.
         """
-        with self._reading_with(long_prompt):
+        with self._reading_with(long_prompt, weighting, blend):
             return super().__call__(prompt, *args, **kwargs)
 
     def encode_prompt(
@@ -386,6 +494,8 @@ class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
         lora_scale: float | None = None,
         clip_skip: int | None = None,
         long_prompt: LongPrompt | None = None,
+        weighting: Weighting | None = None,
+        blend: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Encodes prompts as diffusers does, but whole.
 
@@ -403,30 +513,32 @@ class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
             lora_scale: Weight of LoRA layers in the text encoder.
             clip_skip: Layers to leave out before the final LayerNorm.
             long_prompt: How prompts are read, or None for the pipeline's setting.
+            weighting: The syntax of weights, or None for the pipeline's setting.
+            blend: Share of the long encoder, or None for the pipeline's setting.
 
         Returns:
             (B * N, T, D) states of the prompts and of the negative ones (or None).
 
         Raises:
-            ValueError: If the negative prompts are neither one nor B, a layer does not exist, or a strategy is
-                unknown or lacks its encoder.
+            ValueError: If the negative prompts are neither one nor B, a layer does not exist, an argument is none of
+                its choices, or a strategy lacks its encoder.
         """
         prompts = _texts(prompt) if prompt_embeds is None else None
         negatives = None
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             negatives = _texts(negative_prompt or "", _size(prompts, prompt_embeds))
         if prompts is not None or negatives is not None:
-            prompt_embeds, negative_prompt_embeds, _, _ = self._encode(
-                None if prompts is None else [prompts],
-                None if negatives is None else [negatives],
-                prompt_embeds,
-                negative_prompt_embeds,
-                long_prompt=long_prompt,
-                device=device,
-                lora_scale=lora_scale,
-                layers=(-1 - (clip_skip or 0), -1),
-                norm=True,
-            )
+            with self._reading_with(long_prompt, weighting, blend):
+                prompt_embeds, negative_prompt_embeds, _, _ = self._encode(
+                    None if prompts is None else [prompts],
+                    None if negatives is None else [negatives],
+                    prompt_embeds,
+                    negative_prompt_embeds,
+                    device=device,
+                    lora_scale=lora_scale,
+                    layers=(-1 - (clip_skip or 0), -1),
+                    norm=True,
+                )
         return super().encode_prompt(
             None,
             device,
@@ -464,6 +576,8 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
         stock_tokenizer_2: The tokenizer of `stock_text_encoder_2`.
         finelip: Any source of `load_text_encoder`, for the first place.
         long_prompt: How prompts are read.
+        weighting: The syntax in which words get their weights: `"plain"` (none), `"a1111"` or `"compel"`.
+        blend: Share of the long encoder's states in what `"stretch"` reads; the rest are the stock encoder's.
         second_encoder: Under `"stretch"`, the second encoder's part: `"stretch"` reads with the stretched one;
             `"window"` reads with the stock one in windows of 75 tokens, whose states are joined (start and end kept
             once), so that token by token they stand beside those of the first encoder.
@@ -512,6 +626,8 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
         stock_tokenizer_2: CLIPTokenizer | None = None,
         finelip: str | Path | None = None,
         long_prompt: str = "stretch",
+        weighting: str = "plain",
+        blend: float = 1.0,
         second_encoder: str = "stretch",
         hidden_state: str = "penultimate",
     ):
@@ -541,29 +657,39 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
             stock_tokenizer_2=stock_tokenizer_2,
         )
         check_widths([text_encoder, text_encoder_2], unet)
-        self.long_prompt = long_prompt
+        self.long_prompt, self.weighting, self.blend = long_prompt, weighting, blend
         self.second_encoder = _one_of("second_encoder", second_encoder, SECOND_ENCODERS)
         self.hidden_state = _one_of("hidden_state", hidden_state, HIDDEN_STATES)
 
     @torch.no_grad()
     def __call__(
-        self, prompt: str | list[str] | None = None, *args: Any, long_prompt: LongPrompt | None = None, **kwargs: Any
+        self,
+        prompt: str | list[str] | None = None,
+        *args: Any,
+        long_prompt: LongPrompt | None = None,
+        weighting: Weighting | None = None,
+        blend: float | None = None,
+        **kwargs: Any,
     ):
-        """Generates images; everything but `long_prompt` is an argument of diffusers' `StableDiffusionXLPipeline`.
+        """Generates images; all arguments but `long_prompt`, `weighting` and `blend` are those of diffusers'
+        `StableDiffusionXLPipeline`.
 
         Args:
             prompt: One prompt or several.
             *args: As in diffusers.
             long_prompt: How prompts are read in this call, or None for the pipeline's setting.
+            weighting: The syntax of weights in this call, or None for the pipeline's setting.
+            blend: Share of the long encoder in this call, or None for the pipeline's setting.
             **kwargs: As in diffusers.
 
         Returns:
             As in diffusers.
 
         Raises:
-            ValueError: For what diffusers refuses, an unknown strategy, or one whose encoder is missing.
+            ValueError: For what diffusers refuses, an argument that is none of its choices, or a strategy whose
+                encoder is missing.
         """
-        with self._reading_with(long_prompt):
+        with self._reading_with(long_prompt, weighting, blend):
             return super().__call__(prompt, *args, **kwargs)
 
     def encode_prompt(
@@ -582,6 +708,8 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
         lora_scale: float | None = None,
         clip_skip: int | None = None,
         long_prompt: LongPrompt | None = None,
+        weighting: Weighting | None = None,
+        blend: float | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Encodes prompts as diffusers does, but whole; lengths as in `FineLIPStableDiffusionPipeline.encode_prompt`.
 
@@ -601,14 +729,16 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
             lora_scale: Weight of LoRA layers in the text encoders.
             clip_skip: Layers to leave out, counted from the one that `hidden_state` names.
             long_prompt: How prompts are read, or None for the pipeline's setting.
+            weighting: The syntax of weights, or None for the pipeline's setting.
+            blend: Share of the long encoder, or None for the pipeline's setting.
 
         Returns:
             (B * N, T, D) states of the prompts and of the negative ones (or None), and (B * N, E) pooled outputs of
             both.
 
         Raises:
-            ValueError: If the negative prompts are neither one nor B, a layer does not exist, or a strategy is
-                unknown or lacks its encoder.
+            ValueError: If the negative prompts are neither one nor B, a layer does not exist, an argument is none of
+                its choices, or a strategy lacks its encoder.
         """
         device = device or self._execution_device
         prompts = negatives = None
@@ -621,17 +751,17 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
         if prompts is not None or negatives is not None:
             norm = self.hidden_state == "last_norm"
             layer = -1 if norm else -2
-            prompt_embeds, negative_prompt_embeds, pooled, negative_pooled = self._encode(
-                prompts,
-                negatives,
-                prompt_embeds,
-                negative_prompt_embeds,
-                long_prompt=long_prompt,
-                device=device,
-                lora_scale=lora_scale,
-                layers=(layer - (clip_skip or 0), layer),
-                norm=norm,
-            )
+            with self._reading_with(long_prompt, weighting, blend):
+                prompt_embeds, negative_prompt_embeds, pooled, negative_pooled = self._encode(
+                    prompts,
+                    negatives,
+                    prompt_embeds,
+                    negative_prompt_embeds,
+                    device=device,
+                    lora_scale=lora_scale,
+                    layers=(layer - (clip_skip or 0), layer),
+                    norm=norm,
+                )
             pooled_prompt_embeds = pooled if pooled_prompt_embeds is None else pooled_prompt_embeds
             if negative_pooled_prompt_embeds is None:
                 negative_pooled_prompt_embeds = negative_pooled
@@ -651,7 +781,7 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
         readers = super()._readers(how)
         if how == "stretch" and self.second_encoder == "window":
             span_length = readers[0].tokenizer.model_max_length
-            readers[1] = replace(self._reader(_STOCK, "_2", "chunk"), span_length=span_length)
+            readers[1] = replace(self._reader(_STOCK, "_2", "chunk"), cut="packed", span_length=span_length)
         return readers
 
 
@@ -670,12 +800,41 @@ def _lora_scaled(text_encoders: list[TextEncoder], scale: float | None) -> Itera
             unscale_lora_layers(text_encoder, scale)
 
 
-def _warn_about_dropped_text(readings: list[Reading]) -> None:
-    """Says once, in words, what no encoder is going to see."""
+def _embed(
+    readers: list[_Reader], readings: list[list[_Mixed]], length: int, **how: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Encodes readings, one list for each reader, to (B, length, D) states and (B, E) pooled output, if any."""
+    states, pooled = [], None
+    for reader, prompts in zip(readers, readings, strict=True):
+        each = [reading for mixed in prompts for _, reading in mixed]
+        factors = [[factor for factor, _ in mixed] for mixed in prompts]
+        found, vectors = encode_readings(each, reader.text_encoder, reader.tokenizer, length, **how)
+        states.append(_mix(found, factors))
+        pooled = None if vectors is None else _mix(vectors, factors)
+    return torch.cat(states, dim=-1), pooled  # each (B, T, D_i) -> (B, T, D)
+
+
+def _mix(rows: Tensor, factors: list[list[float]]) -> Tensor:
+    """(R, ...) -> (B, ...): the rows of each prompt, added up with their factors."""
+    parts = rows.split([len(own) for own in factors])
+    return torch.stack([_add(list(zip(own, part, strict=True))) for own, part in zip(factors, parts, strict=True)])
+
+
+def _add(parts: list[tuple[float, Tensor]]) -> Tensor:
+    """The sum of tensors with their factors; one with factor 1 stays as it is."""
+    first = parts[0][1]
+    return first if len(parts) == 1 and parts[0][0] == 1 else sum(factor * tensor for factor, tensor in parts)  # type: ignore[return-value]
+
+
+def _warn(prompts: Iterable[_Mixed]) -> None:
+    """Says once, in words, what no encoder is going to see, and which brackets are text."""
+    readings = [reading for mixed in prompts for _, reading in mixed]
     cut = {reading.dropped: reading for reading in readings if reading.dropped}
     if cut:
         parts = [f"{r.tokens - r.tokens_read} of {r.tokens} tokens dropped: {text!r}" for text, r in cut.items()]
         logger.warning("long_prompt='truncate' reads the first window alone; %s", "; ".join(parts))
+    for weighted in {reading.prompt for reading in readings if reading.prompt.unmatched}:
+        logger.warning("brackets without a partner are text: %s in %r", weighted.unmatched, weighted.text)
 
 
 def _texts(prompt: str | list[str] | None, size: int | None = None) -> list[str]:

