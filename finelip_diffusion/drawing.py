@@ -63,6 +63,7 @@ class Condition:
     encoder_source: str | None
     long_prompt: LongPrompt
     about: str
+    blend: float = 1.0
 
     @property
     def name(self) -> str:
@@ -86,7 +87,8 @@ def read_conditions(model: str, encoders: Sequence[str], unets: Sequence[str]) -
 
     Args:
         model: whose `finelip/` is meant by `"finelip"` and `"adapted"`.
-        encoders: strategies of `STRATEGIES`, `"finelip"`, or [NAME=]SOURCE of a long text encoder.
+        encoders: strategies of `STRATEGIES`, `"finelip"`, or [NAME=]SOURCE of a long text encoder; with `@SHARE`
+            behind it, such as `"finelip@0.5"`, blended with the stock encoder.
         unets: `"base"`, `"adapted"`, or [NAME=]FOLDER that holds `unet/`.
 
     Raises:
@@ -99,14 +101,18 @@ def read_conditions(model: str, encoders: Sequence[str], unets: Sequence[str]) -
         if item != "base" and not Path(source, "unet", "config.json").is_file():
             raise ValueError(f"UNet {item}: there is no {Path(source, 'unet')} with a config.json in it.")
         found_unets[name] = None if item == "base" else source
-    found_encoders: dict[str, tuple[str | None, LongPrompt, str]] = {}
+    found_encoders: dict[str, tuple[str | None, LongPrompt, str, float]] = {}
     for item in encoders:
         if item in STRATEGIES:
-            found_encoders[item] = (None, *STRATEGIES[item])
+            found_encoders[item] = (None, *STRATEGIES[item], 1.0)
             continue
-        name, source = ("finelip", str(own)) if item == "finelip" else named(item)
+        whole, blend = _blended(item)
+        name, source = ("finelip", str(own)) if whole == "finelip" else named(whole)
         locate(source, None, {})
-        found_encoders[name] = (source, "stretch", f"a long encoder, {item if item != 'finelip' else 'finelip/'}")
+        about = f"a long encoder, {whole if whole != 'finelip' else 'finelip/'}"
+        if blend < 1:
+            name, about = f"{name}@{blend:g}", f"{about}, a share of {blend:g} beside the stock encoder's"
+        found_encoders[name] = (source, "stretch", about, blend)
     if len(found_unets) < len(unets) or len(found_encoders) < len(encoders):
         raise ValueError("two UNets or two encoders have one name: call one of them NAME=SOURCE.")
     return [
@@ -114,6 +120,18 @@ def read_conditions(model: str, encoders: Sequence[str], unets: Sequence[str]) -
         for unet, unet_source in found_unets.items()
         for encoder, how in found_encoders.items()
     ]
+
+
+def _blended(item: str) -> tuple[str, float]:
+    """An encoder and its share: what stands behind the last `@`, if it is a number."""
+    source, _, share = item.rpartition("@")
+    try:
+        blend = float(share)
+    except ValueError:
+        return item, 1.0
+    if not source or not 0 <= blend <= 1:
+        raise ValueError(f"encoder {item}: a blend is SOURCE@SHARE, with a share from 0 to 1.")
+    return source, blend
 
 
 def load_pipeline(condition: Condition, settings: Settings, device: torch.device) -> Any:
@@ -244,7 +262,9 @@ def draw(
 
 def drawn_with(condition: Condition, settings: Settings, weights: str) -> str:
     """Everything that decides an image beside its prompt, as it is written into the file."""
-    own = {"condition": condition.name, "long_prompt": condition.long_prompt, "weights": weights}
+    own: dict[str, Any] = {"condition": condition.name, "long_prompt": condition.long_prompt, "weights": weights}
+    if condition.blend < 1:
+        own["blend"] = condition.blend
     return json.dumps(own | {entry.name: getattr(settings, entry.name) for entry in fields(Settings)})
 
 

@@ -77,11 +77,21 @@ def test_the_bundled_model_has_names_of_its_own():
     assert (found[0].encoder_source, found[0].unet_source) == (str(BUNDLED_MODEL / "finelip"),) * 2
 
 
+def test_blends_are_encoders_of_their_own():
+    found = read_conditions("bundled", ["truncate", "finelip", "finelip@0.25", "mine=bundled/finelip@1"], ["base"])
+    assert [(each.name, each.blend) for each in found] == [
+        ("base/truncate", 1), ("base/finelip", 1), ("base/finelip@0.25", 0.25), ("base/mine", 1)
+    ]  # fmt: skip
+    assert len({drawn_with(each, settings(), "") for each in found}) == 4
+    assert "blend" not in drawn_with(found[1], settings(), "")
+
+
 @pytest.mark.parametrize(
     ("encoders", "unets", "says"),
     [
         (["nowhere/at-all/here"], ["base"], "nowhere/at-all/here"),
         (["truncate", "a/finelip", "truncate"], ["base"], "a/finelip"),
+        (["truncate", "finelip@2"], ["base"], "encoder finelip@2: a blend is SOURCE@SHARE"),
         (["truncate"], ["nowhere"], "no nowhere/unet with a config.json"),
         (["truncate"], ["base", "base"], "one name"),
         (["truncate", "truncate"], ["base"], "one name"),

@@ -83,7 +83,7 @@ class Arguments(Settings):
         default_factory=lambda: [*STRATEGIES, "finelip"],
         metadata={
             "help": f"{', '.join(STRATEGIES)}, finelip (the model's own finelip/), or [NAME=]SOURCE of a long text "
-            "encoder: folder, hub id or checkpoint."
+            "encoder: folder, hub id or checkpoint; finelip@0.5 and SOURCE@0.5 blend the stock encoder in."
         },
     )
     unets: list[str] = field(
@@ -263,7 +263,8 @@ def draw_all(
     share = [each for own in prompts.values() for each in own[accelerator.process_index :: accelerator.num_processes]]
     absent = sum(not (root / each.file(condition)).exists() for condition in conditions for each in share)
     bar = tqdm(total=absent, desc="images", unit="image", disable=not main, mininterval=2)
-    refiner, pipe, loaded, weights = load_refiner(args, accelerator.device), None, None, ""
+    pipe: Any = None
+    refiner, loaded, weights = load_refiner(args, accelerator.device), None, ""
     drifts = {}
     for condition in conditions:
         bar.set_postfix_str(condition.name)
@@ -271,6 +272,7 @@ def draw_all(
             loaded, pipe = (condition.unet_source, condition.encoder_source), None  # one at a time in memory
             pipe = load_pipeline(condition, args, accelerator.device)
             weights = fingerprint(pipe)
+        pipe.blend = condition.blend
         settings, noise = drawn_with(condition, args, weights), Noise(args, pipe)
         missing = [each for each in share if not is_drawn(root / each.file(condition), each, settings)]
         for batch in batches(pipe, missing, condition.long_prompt, args.batch_size):
@@ -295,7 +297,7 @@ def drift(pipe: Any, condition: Condition, short: list[str], seed: int) -> dict[
     drifts = {"prediction_drift": prediction_drift(pipe, short, condition.long_prompt, seed)}
     stable_diffusion_xl = hasattr(pipe, "text_encoder_2")
     for place in ("", "_2") if stable_diffusion_xl else ("",):
-        if condition.long_prompt == "stretch":
+        if condition.long_prompt == "stretch" and condition.blend == 1:
             encoder, stock = (getattr(pipe, f"{which}text_encoder{place}") for which in ("", "stock_"))
             layer = f"hidden_states[{encoder.config.num_hidden_layers - 1}]"  # what the UNet of SDXL reads
             found: dict[str, Any] = state_drift(encoder, stock, getattr(pipe, f"tokenizer{place}"), short)
