@@ -21,7 +21,7 @@ STOCK_POSITIONS = 77
 
 
 def attach(pipe: DiffusionPipeline, finelip: str | Path | None = None, **options: Any) -> DiffusionPipeline:
-    """Gives long text encoders to other diffusers pipelines that read through CLIP; `docs/compatibility.md` lists them.
+    """Gives long text encoders to diffusers pipelines that read through CLIP; `docs/compatibility.md` has a list.
 
     The pipeline stays diffusers' own and reads 248 tokens by itself; strategies other than "stretch" are the business
     of this package's pipelines. All CLIP encoders become long, those behind the first stretched without training; a T5
@@ -167,20 +167,17 @@ def check_lengths(text_encoders: list[TextEncoder]) -> None:
     lengths = [text_encoder.config.max_position_embeddings for text_encoder in text_encoders]
     if len(set(lengths)) > 1:
         raise ValueError(
-            f"the text encoders read {' and '.join(map(str, lengths))} tokens, but their states are joined position by "
-            f"position: give a long encoder of {lengths[-1]}."
+            f"the text encoders read {' and '.join(map(str, lengths))} tokens, but their states are joined position "
+            f"by position: give a long encoder of {lengths[-1]}."
         )
 
 
 def _check_same_width(new: TextEncoder, old: TextEncoder) -> None:
     """`check_width` where a transformer reads states and pooled output, which diffusers pads and joins."""
-    width, wanted = (
-        encoder.config.projection_dim if isinstance(encoder, CLIPTextModelWithProjection) else encoder.config.hidden_size
-        for encoder in (new, old)
-    )
-    if (new.config.hidden_size, width) != (old.config.hidden_size, wanted):
+    names = ["hidden_size", "projection_dim" if isinstance(old, CLIPTextModelWithProjection) else "hidden_size"]
+    (width, pooled), (old_width, old_pooled) = ([getattr(part.config, name) for name in names] for part in (new, old))
+    if (width, pooled) != (old_width, old_pooled):
         raise ValueError(
-            f"the text encoder is {new.config.hidden_size} wide and pools to {width}, but the one it replaces is "
-            f"{old.config.hidden_size} wide and pools to {wanted}: choose an encoder of the CLIP that the transformer "
-            f"was trained with."
+            f"the text encoder is {width} wide and pools to {pooled}, but the one it replaces is {old_width} wide and "
+            f"pools to {old_pooled}: choose an encoder of the CLIP that the transformer was trained with."
         )

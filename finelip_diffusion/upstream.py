@@ -12,8 +12,8 @@ def mend_clip_skip(pipe: DiffusionPipeline) -> None:
     """Makes `clip_skip` work in a Stable Diffusion 1.x or 2.x pipeline of diffusers.
 
     transformers 5.6 flattened `CLIPTextModel`, and diffusers (0.42.1) still looks for the final LayerNorm in its
-    `text_model`: https://github.com/huggingface/diffusers/issues/14124. The mend belongs to the pipeline and touches no
-    encoder: one that has a `text_model` is, for diffusers' LoRA loader, one whose layers bear that prefix.
+    `text_model`: https://github.com/huggingface/diffusers/issues/14124. The mend belongs to the pipeline and touches
+    no encoder: for diffusers' LoRA loader, an encoder that has a `text_model` is one whose layers bear that prefix.
 
     Args:
         pipe: Gets a class of the same name whose `encode_prompt` shows diffusers the encoder in its old outline. A
@@ -22,7 +22,7 @@ def mend_clip_skip(pipe: DiffusionPipeline) -> None:
     encoder = getattr(pipe, "text_encoder", None)
     flat = isinstance(encoder, CLIPTextModel) and not hasattr(encoder, "text_model")
     if flat and "text_encoder_2" not in pipe.components and not isinstance(pipe, _ClipSkip):
-        pipe.__class__ = _with_clip_skip(type(pipe))
+        pipe.__class__ = _with_clip_skip(type(pipe))  # type: ignore[arg-type]
 
 
 @cache
@@ -41,13 +41,12 @@ class _ClipSkip:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled by the name of diffusers' class, which is this one's, too."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _empty, (type(self).__mro__[2],), *state
+        _, _, *state = tuple(super().__reduce_ex__(protocol))
+        return (_empty, (type(self).__mro__[2],), *state)
 
 
 def _empty(pipeline_class: type) -> Any:
-    mended = _with_clip_skip(pipeline_class)
-    return mended.__new__(mended)
+    return object.__new__(_with_clip_skip(pipeline_class))
 
 
 class _Nested:
