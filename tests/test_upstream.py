@@ -102,6 +102,7 @@ def test_the_mend_and_offloading(_stock):
 
 def test_the_mend_and_a_lora_of_the_nested_encoder(_stock, tmp_path):
     """diffusers takes the prefix off such names only where the encoder has no `text_model`."""
+    pytest.importorskip("peft")
     pipe = attach(StableDiffusionImg2ImgPipeline.from_pipe(copy.deepcopy(_stock)))
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(0)
@@ -111,6 +112,10 @@ def test_the_mend_and_a_lora_of_the_nested_encoder(_stock, tmp_path):
             prefix = f"text_encoder.text_model.{name.removeprefix('text_model.')}"
             lora[f"{prefix}.lora_A.weight"] = torch.randn(2, module.in_features)
             lora[f"{prefix}.lora_B.weight"] = torch.randn(module.out_features, 2)
+    try:
+        copy.deepcopy(_stock).load_lora_weights(lora)
+    except IndexError:
+        pytest.skip("diffusers 0.37 loads no such LoRA into a flat encoder at all")
     before = [pixels(pipe, "a cat", **call) for call in ({}, {"clip_skip": 1})]
     pipe.load_lora_weights(lora)
     after = [pixels(pipe, "a cat", **call) for call in ({}, {"clip_skip": 1})]
