@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
 from .positions import stretch_positions
-from .text_encoder import TextEncoder, check_width, load_text_encoder, text_embeddings
+from .text_encoder import TextEncoder, check_width, load_text_encoder, text_embeddings, text_layers
+from .upstream import mend_clip_skip
 
 logger = logging.getLogger(__name__)
 
@@ -20,46 +21,58 @@ STOCK_POSITIONS = 77
 
 
 def attach(pipe: DiffusionPipeline, finelip: str | Path | None = None, **options: Any) -> DiffusionPipeline:
-    """Gives a long text encoder to other diffusers pipelines that read through CLIP: img2img, inpaint, ControlNet.
+    """Gives long text encoders to diffusers pipelines that read through CLIP; `docs/compatibility.md` has a list.
 
-    The pipeline stays diffusers' own and reads 248 tokens by itself; strategies other than "stretch", and `clip_skip`
-    where diffusers has it broken, are the business of this package's pipelines. SDXL gets both encoders, the second
-    stretched without training. The UNet stays: one that was adapted to the encoder is given to the pipeline by
-    `pipe.register_modules(unet=...)`.
+    The pipeline stays diffusers' own and reads 248 tokens by itself; strategies other than "stretch" are the business
+    of this package's pipelines. All CLIP encoders become long, those behind the first stretched without training; a T5
+    beside them (SD3, Flux) stays as it is. The UNet stays, too: one that was adapted to the encoder is given to the
+    pipeline by `pipe.register_modules(unet=...)`.
 
     Args:
         pipe: The pipeline; its components are replaced, never changed, so others that share them keep theirs.
-        finelip: Any source of `load_text_encoder`; None stretches the pipeline's own encoder without training.
+        finelip: Any source of `load_text_encoder`, for `text_encoder`; None stretches the pipeline's own without
+            training.
         **options: For `load_text_encoder`, such as `pad_token`.
 
     Returns:
         `pipe`.
 
     Raises:
-        ValueError: If the pipeline has a text encoder that is no CLIP, or none for `finelip` to replace, is already
-            set up for offloading, or its UNet reads another width; and whatever `load_text_encoder` raises.
+        ValueError: If the pipeline has a text encoder that is neither a CLIP nor a T5 beside one, no UNet or
+            transformer that attends to it, or no `text_encoder` for `finelip` to replace; if it is set up for
+            offloading already; if encoders and UNet or transformer do not fit each other; and whatever
+            `load_text_encoder` raises.
     """
-    encoders = {name: part for name, part in pipe.components.items() if name in ("text_encoder", "text_encoder_2")}
-    encoders = {name: part for name, part in encoders.items() if part is not None}
-    foreign = [
-        f"{name} ({type(part).__name__})" for name, part in encoders.items() if not isinstance(part, TextEncoder)
-    ]
-    if foreign or not encoders or "text_encoder_3" in pipe.components:
-        parts = ", ".join(foreign) or "no CLIP text encoders alone"
-        raise ValueError(f"{type(pipe).__name__} reads prompts through {parts}: attach needs CLIP text encoders only.")
-    if finelip is not None and "text_encoder" not in encoders:
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
+    clips = {name: part for name, part in encoders.items() if isinstance(part, TextEncoder)}
+    served = all(name in clips or isinstance(part, T5EncoderModel) for name, part in encoders.items())
+    if not (clips and served and {"unet", "transformer"} & set(pipe.components)):
+        found = ", ".join(f"{name} ({type(part).__name__})" for name, part in encoders.items()) or "no text encoder"
+        raise ValueError(
+            f"{type(pipe).__name__} reads prompts through {found}: attach needs CLIP text encoders, alone or beside a "
+            f"T5, and a UNet or transformer that attends to their states."
+        )
+    if finelip is not None and "text_encoder" not in clips:
         raise ValueError(f"{type(pipe).__name__} has no text_encoder that finelip={finelip} could replace.")
     if any(hasattr(part, "_hf_hook") for part in encoders.values()):
         raise ValueError("the pipeline is set up for offloading already: attach first, then enable the offloading.")
     replaced: dict[str, Any] = {}
-    for name, text_encoder in encoders.items():
+    first, *_ = clips
+    for name, text_encoder in clips.items():
         tokenizer = name.replace("text_encoder", "tokenizer")
         source = finelip if name == "text_encoder" else None
         replaced[name], replaced[tokenizer] = long_encoder(
-            text_encoder, getattr(pipe, tokenizer), source, warn=name == "text_encoder", **options
+            text_encoder, getattr(pipe, tokenizer), source, warn=name == first, **options
         )
-    check_widths([replaced[name] for name in encoders], pipe.components.get("unet"))
+    check_lengths([replaced[name] for name in clips])
+    check_widths([replaced[name] for name in clips], parts.get("unet"))
+    if "transformer" in pipe.components:
+        _check_same_width(replaced[first], clips[first])
     pipe.register_modules(**replaced)
+    if hasattr(pipe, "tokenizer_max_length"):  # SD3 and Flux note at their making what CLIP reads
+        pipe.tokenizer_max_length = replaced[first].config.max_position_embeddings
+    mend_clip_skip(pipe)
     return pipe
 
 
@@ -92,6 +105,8 @@ def long_encoder(
         projection = isinstance(text_encoder, CLIPTextModelWithProjection)
         options = {"projection": projection, "dtype": text_encoder.dtype, **options}
         found, tokenizer = load_text_encoder(finelip, **options)
+        if not (Path(finelip) / "unet").is_dir():  # a UNet beside it was adapted to the whole encoder
+            _leave_out_layers(found, text_encoder.config.num_hidden_layers)
         return found.to(text_encoder.device), tokenizer
     if text_encoder is None or tokenizer is None:
         return text_encoder, tokenizer
@@ -120,6 +135,21 @@ def _stretched(text_encoder: TextEncoder) -> TextEncoder:
     return text_encoder
 
 
+def _leave_out_layers(text_encoder: TextEncoder, number: int) -> None:
+    """Cuts a loaded encoder to the layers of the one whose place it takes.
+
+    Stable Diffusion 2 reads OpenCLIP ViT-H behind its last layer but one, so its encoder is stored without the last.
+    """
+    layers = text_layers(text_encoder)
+    if len(layers) > number:
+        logger.warning(
+            "the long text encoder has %d layers and the one it replaces %d: those behind layer %d are left out.",
+            len(layers), number, number,
+        )  # fmt: skip
+        del layers[number:]
+        text_encoder.config.num_hidden_layers = number
+
+
 def is_stock(text_encoder: TextEncoder | None) -> bool:
     """Whether there is an encoder, of no more positions than CLIP's."""
     return text_encoder is not None and text_encoder.config.max_position_embeddings <= STOCK_POSITIONS
@@ -130,3 +160,24 @@ def check_widths(text_encoders: list[TextEncoder | None], unet: UNet2DConditionM
     there = [text_encoder for text_encoder in text_encoders if text_encoder is not None]
     if there and unet is not None:
         check_width(there, unet)
+
+
+def check_lengths(text_encoders: list[TextEncoder]) -> None:
+    """Refuses encoders whose states cannot be joined position by position."""
+    lengths = [text_encoder.config.max_position_embeddings for text_encoder in text_encoders]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"the text encoders read {' and '.join(map(str, lengths))} tokens, but their states are joined position "
+            f"by position: give a long encoder of {lengths[-1]}."
+        )
+
+
+def _check_same_width(new: TextEncoder, old: TextEncoder) -> None:
+    """`check_width` where a transformer reads states and pooled output, which diffusers pads and joins."""
+    names = ["hidden_size", "projection_dim" if isinstance(old, CLIPTextModelWithProjection) else "hidden_size"]
+    (width, pooled), (old_width, old_pooled) = ([getattr(part.config, name) for name in names] for part in (new, old))
+    if (width, pooled) != (old_width, old_pooled):
+        raise ValueError(
+            f"the text encoder is {width} wide and pools to {pooled}, but the one it replaces is {old_width} wide and "
+            f"pools to {old_pooled}: choose an encoder of the CLIP that the transformer was trained with."
+        )

@@ -134,6 +134,9 @@ class _LongPromptMixin:
         _one_of("long_prompt", long_prompt, LONG_PROMPTS)
         if base is None:
             base, finelip = BUNDLED_MODEL, finelip or BUNDLED_MODEL / "finelip"
+        if Path(base).is_dir():  # one that `from_pipe` made of ours names the stock encoders, and saves none
+            names = [f"{_STOCK}{part}{place}" for part in ("text_encoder", "tokenizer") for place in cls._places]
+            kwargs = {**{name: None for name in names if not (Path(base) / name).is_dir()}, **kwargs}
         if "unet" not in kwargs and finelip is not None and (Path(finelip) / "unet").is_dir():
             logger.info("the UNet in %s was adapted to the encoder beside it and replaces that of %s", finelip, base)
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))

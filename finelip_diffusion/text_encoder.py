@@ -195,6 +195,11 @@ def text_embeddings(text_encoder: TextEncoder) -> Any:
     return getattr(text_encoder, "text_model", text_encoder).embeddings
 
 
+def text_layers(text_encoder: TextEncoder) -> nn.ModuleList:
+    """The transformer's layers, in transformers 4 and 5 alike."""
+    return getattr(text_encoder, "text_model", text_encoder).encoder.layers
+
+
 def final_layer_norm(text_encoder: TextEncoder) -> nn.LayerNorm:
     """The norm after the last layer, in transformers 4 and 5 alike."""
     return getattr(text_encoder, "text_model", text_encoder).final_layer_norm

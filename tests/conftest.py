@@ -68,7 +68,12 @@ def text_of(tokenizer: CLIPTokenizer) -> Callable[[int], str]:
 
 
 def tiny_text_encoder(
-    seed: int, width: int = WIDTH, positions: int = 77, projection: bool = False
+    seed: int,
+    width: int = WIDTH,
+    positions: int = 77,
+    projection: bool = False,
+    num_hidden_layers: int = LAYERS,
+    hidden_act: str = "quick_gelu",
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
     torch.manual_seed(seed)
     config = CLIPTextConfig(
@@ -76,7 +81,8 @@ def tiny_text_encoder(
         hidden_size=width,
         intermediate_size=2 * width,
         projection_dim=width,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=num_hidden_layers,
+        hidden_act=hidden_act,
         num_attention_heads=2,
         max_position_embeddings=positions,
         bos_token_id=VOCAB_SIZE - 2,

@@ -20,6 +20,7 @@ LINES = {
         "checkpoints",
         "tokenizer",
         "text_encoder",
+        "upstream",
         "components",
         "prompts",
         "weighting",

@@ -12,16 +12,7 @@ import pytest
 import torch
 from compel import Compel, SplitLongTextMode
 from conftest import LAYERS, WIDTH, tiny_text_encoder, tiny_unet
-from diffusers import (
-    ControlNetModel,
-    DiffusionPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from PIL import Image
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, attach
 from finelip_diffusion.positions import stretch_positions
@@ -541,62 +532,3 @@ def test_textual_inversion_reaches_both_encoders(stable_diffusion_folder, text_o
     assert torch.equal(embed(pipe, prompt, long_prompt="truncate")[0], embed(stock, prompt)[0])
     assert pipe.describe_prompt(prompt).tokens == pipe.describe_prompt(prompt, "truncate").tokens == 8
     assert not torch.equal(embed(pipe, prompt)[0], embed(pipe, "a red toy under a tree")[0])
-
-
-# attach
-
-
-def picture(color="white"):
-    return Image.new("RGB", (16, 16), color)
-
-
-@pytest.fixture(scope="module")
-def others(_stock, finelip_folder):
-    """Other pipelines over the parts of the stock one, each with the long encoder."""
-    parts = {**_stock.components, "requires_safety_checker": False}
-    torch.manual_seed(0)
-    inpaint_unet = tiny_unet(2)
-    pipes = {
-        "img2img": StableDiffusionImg2ImgPipeline(**parts),
-        "inpaint": StableDiffusionInpaintPipeline(**{**parts, "unet": inpaint_unet}),
-        "controlnet": StableDiffusionControlNetPipeline(
-            **parts,
-            controlnet=ControlNetModel.from_unet(_stock.unet, conditioning_embedding_out_channels=(8, 16)),
-        ),
-    }
-    for pipe in pipes.values():
-        pipe.set_progress_bar_config(disable=True)
-        assert attach(pipe, finelip_folder) is pipe
-    return pipes
-
-
-@pytest.mark.parametrize(
-    ("kind", "call"),
-    [
-        ("img2img", {"image": picture("gray"), "strength": 1.0}),
-        ("inpaint", {"image": picture("gray"), "mask_image": picture(), "strength": 1.0, "height": 16, "width": 16}),
-        ("controlnet", {"image": picture("gray")}),
-    ],
-)
-def test_attached_pipelines_read_behind_token_77(others, text_of, kind, call):
-    pipe = others[kind]
-    assert pipe.tokenizer.model_max_length == 248
-    first = pixels(pipe, text_of(100) + " a crown", **call)
-    assert not torch.equal(first, pixels(pipe, text_of(100) + " a candle", **call))
-    assert torch.equal(first, pixels(pipe, text_of(100) + " a crown", **call))
-
-
-def test_attach_refuses_what_it_cannot_do(stock, tmp_path):
-    tiny_text_encoder(1, width=WIDTH // 2, positions=248).save_pretrained(tmp_path / "text_encoder")
-    clip_tokenizer(248).save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match=r"16 wide.* 32"):
-        attach(stock, tmp_path)
-    assert stock.tokenizer.model_max_length == 77  # nothing half done
-    parts = dict(stock.components)
-    without = StableDiffusionPipeline(**{**parts, "text_encoder": None}, requires_safety_checker=False)
-    with pytest.raises(ValueError, match="CLIP text encoders"):
-        attach(without)
-    offloaded = StableDiffusionPipeline(**copy.deepcopy(parts), requires_safety_checker=False)
-    offloaded.enable_model_cpu_offload(device="cpu")
-    with pytest.raises(ValueError, match="attach first"):
-        attach(offloaded)

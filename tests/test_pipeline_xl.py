@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WIDTH, make_stable_diffusion_xl, tiny_text_encoder
-from diffusers import DiffusionPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
-from PIL import Image
+from conftest import WIDTH, tiny_text_encoder
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
-from finelip_diffusion import FineLIPStableDiffusionXLPipeline, attach
+from finelip_diffusion import FineLIPStableDiffusionXLPipeline
 from finelip_diffusion.positions import stretch_positions
 from finelip_diffusion.prompts import LONG_PROMPTS
 from finelip_diffusion.tokenizer import clip_tokenizer
@@ -210,15 +209,3 @@ def test_dropped_text_is_warned_about_once(pipe, text_of, caplog):
     with caplog.at_level(logging.WARNING):
         pixels(pipe, text_of(75) + " and the rest", long_prompt="truncate")
     assert [message.split("; ")[1] for message in caplog.messages] == ["3 of 78 tokens dropped: 'and the rest'"]
-
-
-def test_attach_gives_both_encoders(encoder_folder, text_of):
-    stock = make_stable_diffusion_xl()
-    pipe = attach(StableDiffusionXLImg2ImgPipeline(**stock.components, add_watermarker=False), encoder_folder)
-    pipe.set_progress_bar_config(disable=True)
-    assert pipe.tokenizer.model_max_length == pipe.tokenizer_2.model_max_length == 248
-    image = Image.new("RGB", (16, 16), "gray")
-    first, second = (
-        pixels(pipe, text_of(100) + ending, image=image, strength=1.0) for ending in (" a crown", " a candle")
-    )
-    assert not torch.equal(first, second)
