@@ -10,13 +10,10 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from .positions import stretch_positions
+from .positions import STOCK_POSITIONS, stretch_positions
 from .text_encoder import TextEncoder, check_width, load_text_encoder, text_embeddings
 
 logger = logging.getLogger(__name__)
-
-STOCK_POSITIONS = 77
-"""Positions of CLIP's text tower as it was published: an encoder with more of them is a long one."""
 
 
 def attach(pipe: DiffusionPipeline, finelip: str | Path | None = None, **options: Any) -> DiffusionPipeline:
