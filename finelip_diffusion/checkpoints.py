@@ -30,6 +30,7 @@ OPENAI_DEPTH = 12  # every text tower that OpenAI published
 
 CONFIGURATION = "finelip_diffusion.config"
 """Metadata of a .safetensors file that this package writes: a `config.json`, for what shapes cannot say."""
+COMFYUI_SIZES = {(768, 12): "CLIP-L", (1280, 32): "bigG"}  # (width, layers) of what it looks for a long table in
 
 _EMBEDDED = {  # where the single files of Stable Diffusion hold their text encoders, and diffusers' names of those
     "cond_stage_model.transformer.": "text_encoder",  # 1.x: CLIP-L, named as in transformers
@@ -283,8 +284,8 @@ def text_weights(
         )
     inner = {"huggingface": "text_model.", "open_clip": "text."}.get(layout, "")
     text = {name.removeprefix(inner): tensor for name, tensor in text.items()}
+    found, extra = text, list[str]()
     if layout == "huggingface":
-        found, extra = text, []
         inner = inner if place else ""  # whole CLIPs are told in canonical names
     else:
         found, extra = _from_openai(text, keep, where)
@@ -434,6 +435,30 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
     "comfyui": huggingface_layout,
 }
 """Layouts of one file: canonical names -> the layout's."""
+
+
+def caveat(layout: str, config: CLIPTextConfig) -> str | None:
+    """Why the programs that read a layout make something else of an encoder, or fail; None where they do not.
+
+    They find weights in a file, but have their own idea of activation, heads and sizes.
+
+    Args:
+        layout: One of `LAYOUTS`.
+        config: The encoder's.
+    """
+    head_width = config.hidden_size // config.num_attention_heads
+    if layout == "openai" and (config.hidden_act, head_width) != ("quick_gelu", HEAD_WIDTH):
+        return (
+            f"the code of OpenAI, Long-CLIP and FineLIP has quick_gelu and heads of width {HEAD_WIDTH}, but this "
+            f"encoder {config.hidden_act} and heads of width {head_width}: there it is another function."
+        )
+    size = (config.hidden_size, config.num_hidden_layers)
+    if layout == "comfyui" and config.max_position_embeddings > STOCK_POSITIONS and size not in COMFYUI_SIZES:
+        known = ", ".join(
+            f"{name} ({width} wide with {depth} layers)" for (width, depth), name in COMFYUI_SIZES.items()
+        )
+        return f"ComfyUI takes long encoders of the sizes of {known}, but this one is {size[0]} wide with {size[1]}."
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -138,7 +138,9 @@ class _LongPromptMixin:
         """
         _one_of("long_prompt", long_prompt, LONG_PROMPTS)
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype")) or torch.float32  # diffusers' default for a file
-        hub = {name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs}
+        hub: dict[str, Any] = {
+            name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs
+        }
         file, folder, components = single_file_components(
             path, cls._places, set(kwargs), config=config, dtype=dtype, hub=hub
         )

@@ -15,11 +15,11 @@ from transformers.activations import ACT2FN
 
 from .checkpoints import (
     CONFIGURATION,
-    HEAD_WIDTH,
     LAYOUTS,
     POSITIONS,
     PROJECTION,
     TextWeights,
+    caveat,
     check_weights,
     huggingface_layout,
     listed,
@@ -84,7 +84,7 @@ def load_text_encoder(
             `config.json` follow that.
         num_attention_heads: For a file; by default width / 64.
         config: For a file: folder or hub id of a pipeline or text model whose `config.json` and tokenizer go with it.
-            By default a file of `save_checkpoint` brings its own configuration; others have none.
+            A file of `save_checkpoint` has its own configuration, which is followed, but no vocabulary.
         tokenizer: In place of the source's; it is copied with the right `model_max_length`.
         revision: Branch, tag or commit of a hub id.
         token: Access token of the hub.
@@ -104,18 +104,18 @@ def load_text_encoder(
     if folder is not None and config is not None:
         raise ValueError(f"{folder} has a config.json of its own: config={config} goes with a checkpoint file.")
     weights = text_weights(read_checkpoint(file), str(file), keep, subfolder if folder is None else None)
+    own = read_configuration(file) if folder is None else None
     if config is not None:
         folder = encoder_folder(configuration_folder(config, hub), weights.place)
         described = read_json(folder / "config.json")
-    elif folder is None:
-        described = read_configuration(file)
+    described = own or described
     if described is None:
         configured = weights.config(hidden_act, num_attention_heads)
         with_projection = weights.place == "text_encoder_2" if projection is None else projection
         if hidden_act is None and not weights.activation_is_known:
             logger.warning("%s does not say its activation; %s is assumed (hidden_act=).", file, configured.hidden_act)
     else:
-        where = str(file if folder is None else folder / "config.json")
+        where = str(file if own or folder is None else folder / "config.json")
         configured, with_projection = _text_config(described, weights, projection, where)
     _check(weights, configured, with_projection)
     if aside := (() if with_projection or PROJECTION not in weights.tensors else (PROJECTION,)) + weights.set_aside:
@@ -125,7 +125,7 @@ def load_text_encoder(
     tensors = weights.tensors
     tensors[POSITIONS] = _fit_positions(tensors[POSITIONS], max_length, keep, ratio, str(file))
     rows = configured.max_position_embeddings = tensors[POSITIONS].shape[0]
-    pad_token_id = None if described is None or folder else configured.pad_token_id
+    pad_token_id = configured.pad_token_id if own and tokenizer is None else None
     tokenizer = _tokenizer(tokenizer, folder, rows, pad_token, configured.vocab_size, str(file), pad_token_id)
     _take_ids(configured, tokenizer)
     return _build(configured, tensors, with_projection, dtype), tokenizer
@@ -186,9 +186,9 @@ def save_checkpoint(
 ) -> Path:
     """Saves an encoder as one .safetensors file for other programs; `load_text_encoder` reads it back bit for bit.
 
-    Those programs bring their own tokenizer, and know neither activation nor heads from a file: OpenAI's, Long-CLIP's
-    and FineLIP's code has quick GELU and heads of width 64, ComfyUI the sizes of CLIP-L, ViT-H and bigG. For
-    `load_text_encoder` the metadata hold the configuration, but no vocabulary.
+    Those programs bring their own tokenizer and padding, and their own idea of activation, heads and sizes; where that
+    is not the encoder's, a warning says so. For `load_text_encoder` the metadata hold the configuration, but no
+    vocabulary.
 
     Args:
         text_encoder: The encoder; weights are saved in its dtype.
@@ -213,18 +213,9 @@ def save_checkpoint(
         raise ValueError(f"{path} would be overwritten: choose another file, or say overwrite=True.")
     config = _saved_config(text_encoder)
     _take_ids(config, tokenizer)
-    if layout == "openai" and (config.hidden_act, config.num_attention_heads * HEAD_WIDTH) != (
-        "quick_gelu",
-        config.hidden_size,
-    ):
-        logger.warning(
-            "OpenAI's, Long-CLIP's and FineLIP's code has quick_gelu and heads of width %d, this encoder %s and heads "
-            "of width %d: it reads the file as another function.",
-            HEAD_WIDTH,
-            config.hidden_act,
-            config.hidden_size // config.num_attention_heads,
-        )
     tensors = LAYOUTS[layout](_canonical(text_encoder))
+    if (reason := caveat(layout, config)) is not None:
+        logger.warning("%s: %s", path, reason)
     metadata = {"format": "pt", CONFIGURATION: json.dumps(config.to_dict())}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as stage:
@@ -293,6 +284,11 @@ def _check(weights: TextWeights, config: CLIPTextConfig, with_projection: bool) 
         raise ValueError(
             f"hidden_act is {config.hidden_act!r}, but CLIPs have 'quick_gelu' or 'gelu': give one of them."
         )
+    if with_projection and PROJECTION not in weights.tensors:
+        raise ValueError(
+            f"{weights.where} lacks the text weights {weights.own_name(PROJECTION)}: leave the projection out "
+            f"(projection=False, --no-projection), which the layout openai cannot, or give a source that has one."
+        )
     whole = weights.layout != "huggingface" and weights.place is None  # these layouts always have the projection
     with torch.device("meta"):
         model = (CLIPTextModelWithProjection if with_projection or whole else CLIPTextModel)(config)
@@ -329,8 +325,10 @@ def _tokenizer(
     where: str,
     pad_token_id: int | None = None,
 ) -> CLIPTokenizer:
-    """The tokenizer that was given, or the source's own, or CLIP's, padding with `pad_token_id` where nothing else
-    speaks."""
+    """The tokenizer that was given, or the source's own, or CLIP's.
+
+    It pads with `pad_token`, or else `pad_token_id`, or else as it does.
+    """
     with tempfile.TemporaryDirectory() as copy:
         home = _tokenizer_folder(folder)
         if given is not None:
@@ -344,7 +342,7 @@ def _tokenizer(
                 )
             found = clip_tokenizer(max_length)
             if pad_token is None and pad_token_id is not None:
-                pad_token = str(found.convert_ids_to_tokens(pad_token_id))
+                pad_token = found.convert_ids_to_tokens(pad_token_id)
             if pad_token not in (None, "eos", found.eos_token):
                 found = clip_tokenizer(max_length, pad_token)
             return found
@@ -354,6 +352,8 @@ def _tokenizer(
             raise ValueError(
                 f"{home} holds no readable CLIP tokenizer: download it again, or give tokenizer=."
             ) from error
+        if pad_token is None and pad_token_id is not None:
+            pad_token = found.convert_ids_to_tokens(pad_token_id)
         pad = found.eos_token if pad_token == "eos" else pad_token
         if pad is not None and pad != found.pad_token:
             if pad not in found.get_vocab():
