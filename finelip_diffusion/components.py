@@ -120,7 +120,8 @@ def single_file_components(
 ) -> tuple[Path, Path, dict[str, Any]]:
     """Reads the text encoders of a Stable Diffusion in one file, whatever number of positions they have.
 
-    diffusers would build them by the `config.json` and fail where the file has another number of positions.
+    diffusers would build them by the `config.json` and fail where the file has another number of positions
+    (https://github.com/huggingface/diffusers/issues/11285), and tell the two of SDXL apart by their widths alone.
 
     Args:
         source: A file, or a link to one on the hub.
@@ -151,7 +152,11 @@ def single_file_components(
             f"{file} holds {held}, but the pipeline reads with {' and '.join(names)}: "
             f"give a whole Stable Diffusion {'XL' if '_2' in places else '1.x or 2.x'} in one file."
         )
-    folder = configuration_folder(config or fetch_diffusers_config(tensors)["pretrained_model_name_or_path"], hub)
+    try:
+        folder = configuration_folder(config or fetch_diffusers_config(tensors)["pretrained_model_name_or_path"], hub)
+    except ValueError as error:
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"{file} needs the configurations of a pipeline of its kind: {reason} as config=.") from error
     components: dict[str, Any] = {}
     for name in names:
         tokenizer = name.replace("text_encoder", "tokenizer")
