@@ -79,8 +79,8 @@ def configuration_folder(source: str | Path, hub: dict[str, Any]) -> Path:
     Raises:
         ValueError: If there is none.
     """
-    if Path(source).is_dir():
-        return Path(source)
+    if (folder := Path(source).expanduser()).is_dir():
+        return folder
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt"], **hub))
     except (OSError, ValueError, HfHubHTTPError) as error:
