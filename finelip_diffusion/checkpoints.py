@@ -8,18 +8,18 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig
 
-from .positions import KEPT_POSITIONS, merge_positions
+from .positions import KEPT_POSITIONS, STOCK_POSITIONS, merge_positions
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 TOKENS, POSITIONS = "embeddings.token_embedding.weight", "embeddings.position_embedding.weight"
@@ -27,6 +27,19 @@ PROJECTION = "text_projection.weight"
 HEAD_WIDTH = 64  # every published CLIP text tower, and image towers of up to MOST_IMAGE_HEADS heads
 MOST_IMAGE_HEADS = 16  # wider image towers (ViT-H, ViT-g, bigG) have wider heads
 OPENAI_DEPTH = 12  # every text tower that OpenAI published
+
+CONFIGURATION = "finelip_diffusion.config"
+"""Metadata of a .safetensors file that this package writes: a `config.json`, for what shapes cannot say."""
+COMFYUI_SIZES = {(768, 12): "CLIP-L", (1280, 32): "bigG"}  # (width, layers) of what it looks for a long table in
+
+_EMBEDDED = {  # where the single files of Stable Diffusion hold their text encoders, and diffusers' names of those
+    "cond_stage_model.transformer.": "text_encoder",  # 1.x: CLIP-L, named as in transformers
+    "cond_stage_model.model.": "text_encoder",  # 2.x: OpenCLIP's ViT-H
+    "conditioner.embedders.0.transformer.": "text_encoder",  # XL: CLIP-L
+    "conditioner.embedders.1.model.": "text_encoder_2",  # XL: OpenCLIP's bigG
+    "conditioner.embedders.0.model.": "text_encoder_2",  # the refiner of XL
+}
+_UNREAD_BLOCK = "cond_stage_model.model.transformer.resblocks.23."  # 2.x is fed the states before its last block
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _ADVICE = "give .safetensors, or a state dict of tensors only saved by torch.save"
@@ -55,6 +68,7 @@ _OPENAI_BLOCK_NAMES = {
     }.items()
     for kind in ("weight", "bias")
 }
+_TO_OPENAI = {ours: theirs for theirs, ours in (_OPENAI_NAMES | _OPENAI_BLOCK_NAMES).items()}
 _IMAGE_SHAPES = {  # what an image tower's sizes are read from, and its dimensions
     "vision_model.embeddings.patch_embedding.weight": 4,
     "vision_model.embeddings.position_embedding.weight": 2,
@@ -78,16 +92,20 @@ class TextWeights:
 
     Attributes:
         layout: `"huggingface"`, `"openai"` (OpenAI and open_clip name them alike), `"open_clip"` (a text tower of its
-            own, `text.…`) or `"two-table"` (FineLIP, Long-CLIP).
+            own, `text.…`, or that of a Stable Diffusion) or `"two-table"` (FineLIP, Long-CLIP).
         tensors: Canonical name -> tensor; no two share memory.
         set_aside: Names in the checkpoint that are no part of the text tower, sorted.
         where: What the tensors were read from, for error messages.
+        prefix: What precedes the layout's names in the checkpoint.
+        place: `"text_encoder"` or `"text_encoder_2"` in a single file of Stable Diffusion, else None.
     """
 
     layout: str
     tensors: dict[str, Tensor]
     set_aside: tuple[str, ...]
     where: str
+    prefix: str = ""
+    place: str | None = None
 
     def config(self, hidden_act: str | None = None, num_attention_heads: int | None = None) -> CLIPTextConfig:
         """The configuration that the shapes imply.
@@ -110,7 +128,7 @@ class TextWeights:
         first = "encoder.layers.0.mlp.fc1.weight"
         missing = [name for name in (TOKENS, POSITIONS, first) if name not in self.tensors]
         if missing:
-            raise ValueError(f"{self.where} lacks the text weights {_listed(map(self.own_name, missing))}.")
+            raise ValueError(f"{self.where} lacks the text weights {listed(map(self.own_name, missing))}.")
         for name in (TOKENS, POSITIONS, first):
             if self.tensors[name].ndim != 2:
                 shape = tuple(self.tensors[name].shape)
@@ -136,22 +154,14 @@ class TextWeights:
 
     def own_name(self, name: str) -> str:
         """What the checkpoint calls the tensor of a canonical name."""
-        if self.layout == "huggingface":
-            return name
-        layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)
-        if layer is None:
-            own = next((theirs for theirs, ours in _OPENAI_NAMES.items() if ours == name), name)
-        else:
-            part = re.sub(r"self_attn\.[qkv]_proj\.", "attn.in_proj_", layer[2])
-            part = next((theirs for theirs, ours in _OPENAI_BLOCK_NAMES.items() if ours == part), part)
-            own = f"transformer.resblocks.{layer[1]}.{part}"
-        return f"text.{own}" if self.layout == "open_clip" else own
+        return self.prefix + (name if self.layout == "huggingface" else _openai_name(name))
 
     @property
     def activation_is_known(self) -> bool:
         """Whether the checkpoint itself tells OpenAI's quick GELU from open_clip's GELU."""
         return (
             self.layout in ("two-table", "open_clip")
+            or self.place is not None
             or "input_resolution" in self.set_aside
             or (f"encoder.layers.{OPENAI_DEPTH}.mlp.fc1.weight" in self.tensors)
         )
@@ -200,41 +210,91 @@ def shard_names(path: Path) -> list[str]:
     return sorted(set(shards.values()))
 
 
+def read_configuration(path: Path) -> dict[str, Any] | None:
+    """The `config.json` that this package puts into the metadata of a .safetensors file; None where there is none.
+
+    Raises:
+        ValueError: If there is one, but no JSON object.
+    """
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(CONFIGURATION)
+    try:
+        content = json.loads("{}" if text is None else text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} has metadata {CONFIGURATION} that is no JSON object: convert it again.")
+    return content or None
+
+
+def embedded_encoders(names: Iterable[str]) -> dict[str, str]:
+    """The text encoders in a single file of Stable Diffusion 1.x, 2.x or XL.
+
+    Args:
+        names: Of a state dict.
+
+    Returns:
+        `"text_encoder"`, `"text_encoder_2"` or both -> the prefix of their names; empty for any other file.
+    """
+    heads = {".".join(name.split(".")[:n]) + "." for name in names for n in (2, 4)}
+    return {place: prefix for prefix, place in _EMBEDDED.items() if prefix in heads}
+
+
 def text_weights(
-    tensors: Mapping[str, Tensor], where: str = "the checkpoint", keep: int = KEPT_POSITIONS
+    tensors: Mapping[str, Tensor],
+    where: str = "the checkpoint",
+    keep: int = KEPT_POSITIONS,
+    place: str | None = None,
 ) -> TextWeights:
     """Picks the text tower out of a state dict, under canonical names.
 
     Args:
         tensors: A state dict in the layout of `transformers` (any version, text model or whole CLIP), OpenAI,
-            open_clip, FineLIP or Long-CLIP.
+            open_clip, FineLIP or Long-CLIP; or a single file of Stable Diffusion 1.x, 2.x or XL.
         where: What to call the source in error messages.
         keep: Rows that a two-table checkpoint takes from its frozen table.
+        place: Which encoder of a single file, `"text_encoder"` or `"text_encoder_2"`; by default its first.
 
     Returns:
         The weights. Whether they are complete and of the right shapes is checked by `check_weights`.
 
     Raises:
-        ValueError: If there is no CLIP text tower, or there are names that no part of a CLIP bears.
+        ValueError: If there is no CLIP text tower, there are names that no part of a CLIP bears, or nothing at
+            `place`.
     """
-    aside = sorted(name for name in tensors if _SET_ASIDE.fullmatch(name))
-    text = {name: tensor for name, tensor in tensors.items() if not _SET_ASIDE.fullmatch(name)}
+    embedded = embedded_encoders(tensors)
+    if place is not None and place not in embedded:
+        raise ValueError(
+            f"{where} is a file and has no subfolder {place!r}: "
+            f"{'choose from ' + ', '.join(embedded) if embedded else 'leave subfolder out'}."
+        )
+    place = place or next(iter(embedded), None)
+    prefix = embedded[place] if place else ""
+    inside = {name for name in tensors if name.startswith(prefix) and not name.startswith(_UNREAD_BLOCK)}
+    inside -= {name for name in inside if _SET_ASIDE.fullmatch(name.removeprefix(prefix))}
+    aside = tuple(sorted(tensors.keys() - inside))
+    text = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name in inside}
     layout = _layout(text)
     if layout is None:
         raise ValueError(
             f"{where} holds no CLIP text tower in the layout of transformers, OpenAI or open_clip "
             f"(its names begin with {', '.join(sorted(tensors)[:3])})."
         )
+    inner = {"huggingface": "text_model.", "open_clip": "text."}.get(layout, "")
+    text = {name.removeprefix(inner): tensor for name, tensor in text.items()}
+    found, extra = text, list[str]()
     if layout == "huggingface":
-        found = {name.removeprefix("text_model."): tensor for name, tensor in text.items()}
-        extra: list[str] = []
+        inner = inner if place else ""  # whole CLIPs are told in canonical names
     else:
-        found, extra = _from_openai({name.removeprefix("text."): tensor for name, tensor in text.items()}, keep, where)
+        found, extra = _from_openai(text, keep, where)
+        layout = "open_clip" if place else layout
     if extra:
-        raise ValueError(f"{where} holds text weights that a CLIP does not have: {_listed(extra)}.")
-    return TextWeights(
-        layout, {name: tensor.clone().contiguous() for name, tensor in found.items()}, tuple(aside), where
-    )
+        named = listed(f"{prefix}{inner}{name}" for name in extra)
+        raise ValueError(f"{where} holds text weights that a CLIP does not have: {named}.")
+    found = {name: tensor.clone().contiguous() for name, tensor in found.items()}
+    return TextWeights(layout, found, aside, where, prefix + inner, place)
 
 
 def check_weights(weights: TextWeights, expected: Mapping[str, Tensor]) -> None:
@@ -250,9 +310,9 @@ def check_weights(weights: TextWeights, expected: Mapping[str, Tensor]) -> None:
     """
     tensors, where = weights.tensors, weights.where
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{where} lacks the text weights {_listed(map(weights.own_name, missing))}.")
+        raise ValueError(f"{where} lacks the text weights {listed(map(weights.own_name, missing))}.")
     if extra := sorted(tensors.keys() - expected.keys() - {PROJECTION}):
-        named = _listed(map(weights.own_name, extra))
+        named = listed(map(weights.own_name, extra))
         raise ValueError(f"{where} holds text weights that the model does not have: {named}.")
     misshapen = [
         f"{_both_names(weights, name)} is {tuple(tensors[name].shape)} and must be {tuple(tensor.shape)}"
@@ -260,7 +320,7 @@ def check_weights(weights: TextWeights, expected: Mapping[str, Tensor]) -> None:
         if tensors[name].shape != tensor.shape
     ]
     if misshapen:
-        raise ValueError(f"{where} holds text weights of the wrong shape: {_listed(misshapen)}.")
+        raise ValueError(f"{where} holds text weights of the wrong shape: {listed(misshapen)}.")
     for name in expected:
         named = _both_names(weights, name)
         if tensors[name].dtype not in _DTYPES:
@@ -296,7 +356,7 @@ def image_tower(
     found = {name: tensor.clone() for name, tensor in found.items() if not name.endswith("position_ids")}
     if lacking := [name for name, ndim in _IMAGE_SHAPES.items() if name not in found or found[name].ndim != ndim]:
         raise ValueError(
-            f"{where} holds no image tower that is a vision transformer (it lacks {_listed(lacking)}): "
+            f"{where} holds no image tower that is a vision transformer (it lacks {listed(lacking)}): "
             f"give a whole CLIP with a ViT."
         )
     patches, table, inner, projection = (found[name] for name in _IMAGE_SHAPES)
@@ -331,6 +391,76 @@ def _image_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {f"visual.{name}": tensor}
 
 
+def huggingface_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Canonical names -> those of `transformers` 4, which 5 understands, and which ComfyUI looks for in a file.
+
+    ComfyUI takes a file for CLIP-L or bigG by its layers, and for a long one by the rows of
+    `text_model.embeddings.position_embedding.weight` (`comfy/text_encoders/long_clipl.py`).
+    """
+    return {name if name == PROJECTION else f"text_model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def openai_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Canonical names -> OpenAI's, which open_clip, Long-CLIP and FineLIP share.
+
+    More than 77 rows are written twice, as `positional_embedding` and `positional_embedding_res`: Long-CLIP's and
+    FineLIP's code take the first rows from the one and the rest from the other, so that it sees the same table.
+
+    Args:
+        tensors: Canonical name -> tensor, with the projection.
+
+    Returns:
+        OpenAI's name -> tensor, contiguous; no two share memory.
+
+    Raises:
+        ValueError: If there is no text projection.
+    """
+    if PROJECTION not in tensors:
+        raise ValueError(
+            "OpenAI's layout has a text projection, but this encoder has none: load it with projection=True "
+            "(--projection) from a source that has one, or choose another layout."
+        )
+    parts: dict[str, list[Tensor]] = {}
+    for name in sorted(tensors, key=lambda name: name.replace("q_proj", "a_proj")):  # q, k, v
+        parts.setdefault(_openai_name(name), []).append(tensors[name])
+    found = {name: torch.cat(part) for name, part in parts.items()}  # 3 times (D, ...) -> (3 D, ...)
+    found["text_projection"] = found["text_projection"].T.contiguous()  # (E, D) -> (D, E)
+    if len(found["positional_embedding"]) > STOCK_POSITIONS:
+        found["positional_embedding_res"] = found["positional_embedding"].clone()
+    return found
+
+
+LAYOUTS: dict[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
+    "openai": openai_layout,
+    "comfyui": huggingface_layout,
+}
+"""Layouts of one file: canonical names -> the layout's."""
+
+
+def caveat(layout: str, config: CLIPTextConfig) -> str | None:
+    """Why the programs that read a layout make something else of an encoder, or fail; None where they do not.
+
+    They find weights in a file, but have their own idea of activation, heads and sizes.
+
+    Args:
+        layout: One of `LAYOUTS`.
+        config: The encoder's.
+    """
+    head_width = config.hidden_size // config.num_attention_heads
+    if layout == "openai" and (config.hidden_act, head_width) != ("quick_gelu", HEAD_WIDTH):
+        return (
+            f"the code of OpenAI, Long-CLIP and FineLIP has quick_gelu and heads of width {HEAD_WIDTH}, but this "
+            f"encoder {config.hidden_act} and heads of width {head_width}: there it is another function."
+        )
+    size = (config.hidden_size, config.num_hidden_layers)
+    if layout == "comfyui" and config.max_position_embeddings > STOCK_POSITIONS and size not in COMFYUI_SIZES:
+        known = ", ".join(
+            f"{name} ({width} wide with {depth} layers)" for (width, depth), name in COMFYUI_SIZES.items()
+        )
+        return f"ComfyUI takes long encoders of the sizes of {known}, but this one is {size[0]} wide with {size[1]}."
+    return None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
@@ -344,6 +474,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object: download it again.")
     return content
+
+
+def _openai_name(name: str) -> str:
+    """Canonical name -> OpenAI's, which is one for queries, keys and values."""
+    layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)
+    block, part = (f"transformer.resblocks.{layer[1]}.", layer[2]) if layer else ("", name)
+    part = re.sub(r"self_attn\.[qkv]_proj\.", "attn.in_proj_", part)
+    return block + _TO_OPENAI.get(part, part)
 
 
 def _layout(text: Iterable[str]) -> str | None:
@@ -437,6 +575,7 @@ def _both_names(weights: TextWeights, name: str) -> str:
     return name if own == name else f"{own} ({name})"
 
 
-def _listed(names: Iterable[str], limit: int = 5) -> str:
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """The first names, and how many there are besides."""
     unique = list(dict.fromkeys(names))
     return ", ".join(unique[:limit]) + (f" and {len(unique) - limit} more" if len(unique) > limit else "")

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from . import __version__
 
 DTYPES = ("float32", "float16", "bfloat16")
+LAYOUTS = ("diffusers", "openai", "comfyui")
 LONG_PROMPTS = ("stretch", "truncate", "chunk", "segment", "auto")
 WEIGHTINGS = ("plain", "a1111", "compel")
 BUNDLED_GUIDANCE_SCALE = 3.0  # it is a small model without much to guide: at 7.5 it draws wrong colours
@@ -110,21 +111,25 @@ def describe(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Turns any CLIP text weights into a folder that transformers and diffusers load.
+    """Turns any CLIP text weights into a folder that transformers and diffusers load, or a file for other programs.
 
     Args:
         args: The flags of `finelip convert`.
 
     Raises:
-        ValueError: If the source is no CLIP, its weights are not as they must be, or the folder exists.
-        OSError: If the folder cannot be written.
+        ValueError: If the source is no CLIP, its weights are not as they must be, or the target exists.
+        OSError: If the target cannot be written.
     """
     import torch
 
-    from .text_encoder import load_text_encoder, save_text_encoder
+    from .text_encoder import load_text_encoder, save_checkpoint, save_text_encoder
 
+    if args.projection is None and args.layout == "openai":
+        args.projection = True  # that layout always has one
     text_encoder, tokenizer = load_text_encoder(
         args.source,
+        subfolder=args.subfolder,
+        config=args.config,
         max_length=args.max_length,
         keep=args.keep,
         ratio=args.ratio,
@@ -132,7 +137,11 @@ def convert(args: argparse.Namespace) -> None:
         projection=args.projection,
         dtype=args.dtype and getattr(torch, args.dtype),
     )
-    save_text_encoder(text_encoder, tokenizer, args.out, overwrite=args.overwrite)
+    if args.layout == "diffusers":
+        place = args.subfolder if args.subfolder == "text_encoder_2" else "text_encoder"
+        save_text_encoder(text_encoder, tokenizer, args.out, subfolder=place, overwrite=args.overwrite)
+    else:
+        save_checkpoint(text_encoder, tokenizer, args.out, layout=args.layout, overwrite=args.overwrite)
     config = text_encoder.config
     print(
         f"{args.out}: {type(text_encoder).__name__}, {config.max_position_embeddings} positions, "
@@ -176,8 +185,19 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=describe)
 
     command = commands.add_parser("convert", help="turn CLIP text weights into a long text encoder")
-    command.add_argument("source", metavar="SOURCE", help="folder, hub id or checkpoint file")
-    command.add_argument("out", metavar="OUT", type=Path, help="gets text_encoder/ and tokenizer/")
+    command.add_argument(
+        "source", metavar="SOURCE", help="folder, hub id or checkpoint file, of an encoder or a model"
+    )
+    command.add_argument("out", metavar="OUT", type=Path, help="gets text_encoder/ and tokenizer/; or a .safetensors")
+    command.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default="diffusers",
+        help="a folder for diffusers and transformers (default); a file for the code of OpenAI, Long-CLIP and "
+        "FineLIP; a file for ComfyUI",
+    )
+    command.add_argument("--subfolder", metavar="NAME", help="which encoder of a model, such as text_encoder_2")
+    command.add_argument("--config", metavar="SOURCE", help="folder or hub id whose config and tokenizer suit a file")
     command.add_argument("--max-length", type=_integer(3), default=248, help="positions wanted (default: 248)")
     command.add_argument("--keep", type=_integer(0), default=20, help="first positions left as they are (default: 20)")
     command.add_argument("--ratio", type=_integer(1), help="new positions for an old one (default: as needed)")

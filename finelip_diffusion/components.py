@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
-from .positions import stretch_positions
+from .checkpoints import embedded_encoders, listed, read_checkpoint
+from .locations import checkpoint_file, configuration_folder
+from .positions import STOCK_POSITIONS, stretch_positions
 from .text_encoder import TextEncoder, check_width, load_text_encoder, text_embeddings, text_layers
 from .upstream import mend_clip_skip
 
 logger = logging.getLogger(__name__)
-
-STOCK_POSITIONS = 77
-"""Positions of CLIP's text tower as it was published: an encoder with more of them is a long one."""
 
 
 def attach(pipe: DiffusionPipeline, finelip: str | Path | None = None, **options: Any) -> DiffusionPipeline:
@@ -122,6 +122,67 @@ def long_encoder(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.model_max_length = text_encoder.config.max_position_embeddings
     return text_encoder, tokenizer
+
+
+def single_file_components(
+    source: str | Path,
+    places: tuple[str, ...],
+    given: set[str],
+    *,
+    config: str | Path | None,
+    dtype: torch.dtype,
+    hub: dict[str, Any],
+) -> tuple[Path, Path, dict[str, Any]]:
+    """Reads the text encoders of a Stable Diffusion in one file, whatever number of positions they have.
+
+    diffusers would build them by the `config.json` and fail where the file has another number of positions
+    (https://github.com/huggingface/diffusers/issues/11285), and tell the two of SDXL apart by their widths alone.
+
+    Args:
+        source: A file, or a link to one on the hub.
+        places: Endings of the names of the pipeline's encoders: `""`, `"_2"`.
+        given: Names of components that are not to be read.
+        config: Folder or hub id of a pipeline of the same kind, in diffusers' layout; None is the one that diffusers
+            takes for such a file.
+        dtype: Of the encoders.
+        hub: `token`, `local_files_only`, `cache_dir`.
+
+    Returns:
+        The file, a folder with the configurations, and the encoders and tokenizers by name; what is not in the file
+        is None (the first encoder of SDXL's refiner).
+
+    Raises:
+        ValueError: If there is no such file, it holds the encoders of another kind of model, or the configurations
+            cannot be had; and whatever `load_text_encoder` raises. One sentence.
+    """
+    file = checkpoint_file(source, hub)
+    if file is None:
+        raise ValueError(f"{source} is no file, and no link to one on the hub: give one, or use from_pretrained.")
+    tensors = read_checkpoint(file)
+    names = [f"text_encoder{place}" for place in places]
+    found = list(embedded_encoders(tensors))
+    if (names[-1] not in found and names[-1] not in given) or set(found) - set(names):
+        held = " and ".join(found) or f"no text encoder (its names begin with {listed(sorted(tensors), 3)})"
+        raise ValueError(
+            f"{file} holds {held}, but the pipeline reads with {' and '.join(names)}: "
+            f"give a whole Stable Diffusion {'XL' if '_2' in places else '1.x or 2.x'} in one file."
+        )
+    try:
+        folder = configuration_folder(config or fetch_diffusers_config(tensors)["pretrained_model_name_or_path"], hub)
+    except ValueError as error:
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"{file} needs the configurations of a pipeline of its kind: {reason} as config=.") from error
+    components: dict[str, Any] = {}
+    for name in names:
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        if name in given:
+            continue
+        components[name] = components[tokenizer] = None
+        if name in found:
+            components[name], components[tokenizer] = load_text_encoder(
+                file, subfolder=name, config=folder, max_length=None, dtype=dtype
+            )
+    return file, folder, components
 
 
 def _stretched(text_encoder: TextEncoder) -> TextEncoder:

@@ -17,10 +17,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .adherence import Change
+from .locations import locate
 from .pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
 from .prompts import LongPrompt
 from .scenes import Scene
-from .text_encoder import locate
 
 BASELINE = "truncate"
 STRATEGIES: dict[str, tuple[LongPrompt, str]] = {

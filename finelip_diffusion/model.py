@@ -19,10 +19,11 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .checkpoints import HEAD_WIDTH, image_tower, read_checkpoint
+from .locations import locate
 from .positions import KEPT_POSITIONS
 from .refinement import TokenRefinement
 from .scores import late_interaction
-from .text_encoder import MAX_LENGTH, _tokenizer, load_text_encoder, locate
+from .text_encoder import MAX_LENGTH, _tokenizer, load_text_encoder
 
 REFINED_SHARE = 0.2
 """Refined tokens for a patch: 39 of 196, 51 of 256."""

@@ -28,8 +28,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from .components import STOCK_POSITIONS, check_widths, is_stock, long_encoder
+from .components import check_widths, is_stock, long_encoder, single_file_components
 from .encoding import PromptEmbeds, encode_readings
+from .positions import STOCK_POSITIONS
 from .prompts import LONG_PROMPTS, Cut, LongPrompt, PromptReport, Reading, WeightedText, read_prompt
 from .text_encoder import TextEncoder
 from .weighting import WEIGHTINGS, Weighting, parse_weights
@@ -137,11 +138,49 @@ class _LongPromptMixin:
         if Path(base).is_dir():  # one that `from_pipe` made of ours names the stock encoders, and saves none
             names = [f"{_STOCK}{part}{place}" for part in ("text_encoder", "tokenizer") for place in cls._places]
             kwargs = {**{name: None for name in names if not (Path(base) / name).is_dir()}, **kwargs}
-        if "unet" not in kwargs and finelip is not None and (Path(finelip) / "unet").is_dir():
-            logger.info("the UNet in %s was adapted to the encoder beside it and replaces that of %s", finelip, base)
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-            kwargs["unet"] = UNet2DConditionModel.from_pretrained(finelip, subfolder="unet", torch_dtype=dtype)
+        kwargs |= _adapted_unet(finelip, kwargs)
         return super().from_pretrained(str(base), finelip=finelip, long_prompt=long_prompt, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        finelip: str | Path | None = None,
+        long_prompt: LongPrompt = "stretch",
+        config: str | Path | None = None,
+        **kwargs: Any,
+    ):
+        """Loads a Stable Diffusion from one file, as its authors and A1111 have it, and does as `from_pretrained`.
+
+        Args:
+            path: The file, or a link to one on the hub.
+            finelip: As in `from_pretrained`.
+            long_prompt: As in `from_pretrained`.
+            config: Folder or hub id of a pipeline of the same kind, in diffusers' layout, whose configurations and
+                tokenizers are used; None is the one that diffusers takes for such a file.
+            **kwargs: As for diffusers' `from_single_file`.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            ValueError: If there is no such file, it holds the encoders of another kind of model, or the
+                configurations cannot be had; the encoder's width is not the one that the UNet reads, or an argument
+                is none of its choices; and whatever `load_text_encoder` raises.
+        """
+        _one_of("long_prompt", long_prompt, LONG_PROMPTS)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype")) or torch.float32  # diffusers' default for a file
+        hub: dict[str, Any] = {
+            name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs
+        }
+        file, folder, components = single_file_components(
+            path, cls._places, set(kwargs), config=config, dtype=dtype, hub=hub
+        )
+        for place in cls._places:  # a configuration saved by this class has these, a file has not
+            components |= {f"{_STOCK}text_encoder{place}": None, f"{_STOCK}tokenizer{place}": None}
+        kwargs = {**_adapted_unet(finelip, kwargs), **kwargs}
+        kwargs = {"config": str(folder), "finelip": finelip, "long_prompt": long_prompt, **components, **kwargs}
+        return super().from_single_file(str(file), **kwargs)  # type: ignore[misc]
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
@@ -786,6 +825,15 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
             span_length = readers[0].tokenizer.model_max_length
             readers[1] = replace(self._reader(_STOCK, "_2", "chunk"), cut="packed", span_length=span_length)
         return readers
+
+
+def _adapted_unet(finelip: str | Path | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The UNet beside a long encoder, for the arguments of a loader that gives none itself."""
+    if "unet" in kwargs or finelip is None or not (Path(finelip) / "unet").is_dir():
+        return {}
+    logger.info("the UNet in %s was adapted to the encoder beside it and replaces that of the base", finelip)
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    return {"unet": UNet2DConditionModel.from_pretrained(finelip, subfolder="unet", torch_dtype=dtype)}
 
 
 @contextmanager

@@ -9,6 +9,9 @@ from torch import Tensor
 KEPT_POSITIONS = 20
 """Rows that stay as they are: the ones that CLIP's training captions reached often."""
 
+STOCK_POSITIONS = 77
+"""Rows of CLIP's text tower as it was published: an encoder with more of them is a long one."""
+
 STRETCH_RATIO = 4
 """Steps that one old step becomes, behind the kept rows; 77 rows become 248."""
 

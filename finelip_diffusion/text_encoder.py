@@ -1,31 +1,34 @@
 """Any CLIP text weights in, a stock text encoder out: `CLIPTextModel` and `CLIPTokenizer` for long prompts."""
 
+import json
 import logging
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.activations import ACT2FN
 
 from .checkpoints import (
+    CONFIGURATION,
+    LAYOUTS,
     POSITIONS,
     PROJECTION,
-    SUFFIXES,
     TextWeights,
+    caveat,
     check_weights,
+    huggingface_layout,
+    listed,
     read_checkpoint,
+    read_configuration,
     read_json,
-    shard_names,
     text_weights,
 )
+from .locations import configuration_folder, encoder_folder, locate
 from .positions import KEPT_POSITIONS, find_ratio, stretch_positions, stretched_length
 from .tokenizer import VOCAB_SIZE, clip_tokenizer
 
@@ -33,15 +36,6 @@ MAX_LENGTH = 248
 """Tokens that a stretched encoder reads: 77 rows, 20 kept, ratio 4."""
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
-
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model.fp16.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +52,7 @@ def load_text_encoder(
     dtype: torch.dtype | None = None,
     hidden_act: str | None = None,
     num_attention_heads: int | None = None,
+    config: str | Path | None = None,
     tokenizer: CLIPTokenizer | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -72,21 +67,24 @@ def load_text_encoder(
         source: One of
             - a folder or hub id with a CLIP text model, or a whole CLIP, in the layout of `transformers`;
             - a folder or hub id of a diffusers pipeline, or a folder of `save_text_encoder`;
-            - a file (.safetensors, .pt, .pth, .bin, .ckpt) in the layout of OpenAI, FineLIP, Long-CLIP, open_clip or
-              `transformers`.
+            - a file (.safetensors, .pt, .pth, .bin, .ckpt), or a link to one on the hub, in the layout of OpenAI,
+              FineLIP, Long-CLIP, open_clip or `transformers`; or a whole Stable Diffusion 1.x, 2.x or XL in one.
         subfolder: Where in a folder the encoder lies; `"text_encoder_2"` goes with `tokenizer_2`. By default the
-            folder itself, or else its `text_encoder`.
+            folder itself, or else its `text_encoder`. A whole Stable Diffusion in one file has these two as well.
         max_length: Tokens that the encoder shall read; None keeps the table's rows.
         keep: First rows that stretching leaves as they are, and that two tables take from the frozen one.
         ratio: New positions for an old one. By default what `max_length` needs; if given, both must agree.
         pad_token: `"eos"`, or a token of the vocabulary such as `"!"` (id 0, what FineLIP's and Long-CLIP's own code
             pads with). By default the source tokenizer's own, or end-of-text where the source has no tokenizer.
         projection: Whether to keep the text projection (`CLIPTextModelWithProjection`, as SDXL's second encoder).
-            By default as the source's `config.json` says; a file gives a `CLIPTextModel`.
+            By default as the source's `config.json` says; a file without one gives a `CLIPTextModel`, and for
+            `"text_encoder_2"` one with projection.
         dtype: Floating dtype of the result; by default the widest one among the text weights.
         hidden_act: `"quick_gelu"` or `"gelu"`, for a file; by default the rule of `TextWeights.config`. Sources with a
             `config.json` follow that.
         num_attention_heads: For a file; by default width / 64.
+        config: For a file: folder or hub id of a pipeline or text model whose `config.json` and tokenizer go with it.
+            A file of `save_checkpoint` has its own configuration, which is followed, but no vocabulary.
         tokenizer: In place of the source's; it is copied with the right `model_max_length`.
         revision: Branch, tag or commit of a hub id.
         token: Access token of the hub.
@@ -102,25 +100,35 @@ def load_text_encoder(
             tokenizer and weights do not fit each other. One sentence.
     """
     hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
-    file, folder, config = locate(source, subfolder, hub)
-    weights = text_weights(read_checkpoint(file), where=str(file), keep=keep)
-    if config is None:
-        config, with_projection = weights.config(hidden_act, num_attention_heads), bool(projection)
+    file, folder, described = locate(source, subfolder, hub)
+    if folder is not None and config is not None:
+        raise ValueError(f"{folder} has a config.json of its own: config={config} goes with a checkpoint file.")
+    weights = text_weights(read_checkpoint(file), str(file), keep, subfolder if folder is None else None)
+    own = read_configuration(file) if folder is None else None
+    if config is not None:
+        folder = encoder_folder(configuration_folder(config, hub), weights.place)
+        described = read_json(folder / "config.json")
+    described = own or described
+    if described is None:
+        configured = weights.config(hidden_act, num_attention_heads)
+        with_projection = weights.place == "text_encoder_2" if projection is None else projection
         if hidden_act is None and not weights.activation_is_known:
-            logger.warning("%s does not say its activation; %s is assumed (hidden_act=).", file, config.hidden_act)
+            logger.warning("%s does not say its activation; %s is assumed (hidden_act=).", file, configured.hidden_act)
     else:
-        config, with_projection = _text_config(config, weights, projection)
-    _check(weights, config, with_projection)
-    if aside := weights.set_aside + (() if with_projection or PROJECTION not in weights.tensors else (PROJECTION,)):
-        logger.info("%s: %d tensors are no part of the encoder and were set aside: %s.", file, len(aside), aside)
+        where = str(file if own or folder is None else folder / "config.json")
+        configured, with_projection = _text_config(described, weights, projection, where)
+    _check(weights, configured, with_projection)
+    if aside := (() if with_projection or PROJECTION not in weights.tensors else (PROJECTION,)) + weights.set_aside:
+        named = listed(aside, 20 if weights.place else len(aside))
+        logger.info("%s: %d tensors are no part of the encoder and were set aside: %s.", file, len(aside), named)
 
     tensors = weights.tensors
     tensors[POSITIONS] = _fit_positions(tensors[POSITIONS], max_length, keep, ratio, str(file))
-    rows = config.max_position_embeddings = tensors[POSITIONS].shape[0]
-    tokenizer = _tokenizer(tokenizer, folder, rows, pad_token, config.vocab_size, str(file))
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    return _build(config, tensors, with_projection, dtype), tokenizer
+    rows = configured.max_position_embeddings = tensors[POSITIONS].shape[0]
+    pad_token_id = configured.pad_token_id if own and tokenizer is None else None
+    tokenizer = _tokenizer(tokenizer, folder, rows, pad_token, configured.vocab_size, str(file), pad_token_id)
+    _take_ids(configured, tokenizer)
+    return _build(configured, tensors, with_projection, dtype), tokenizer
 
 
 def save_text_encoder(
@@ -168,6 +176,54 @@ def save_text_encoder(
     return folder
 
 
+def save_checkpoint(
+    text_encoder: TextEncoder,
+    tokenizer: CLIPTokenizer,
+    path: str | Path,
+    *,
+    layout: str,
+    overwrite: bool = False,
+) -> Path:
+    """Saves an encoder as one .safetensors file for other programs; `load_text_encoder` reads it back bit for bit.
+
+    Those programs bring their own tokenizer and padding, and their own idea of activation, heads and sizes; where that
+    is not the encoder's, a warning says so. For `load_text_encoder` the metadata hold the configuration, but no
+    vocabulary.
+
+    Args:
+        text_encoder: The encoder; weights are saved in its dtype.
+        tokenizer: Its tokenizer, of which the ids for start, end and padding are saved.
+        path: The file, renamed into place when complete; its folder is made if it does not exist.
+        layout: `"openai"` (Long-CLIP's and FineLIP's code, open_clip) or `"comfyui"`.
+        overwrite: Whether to replace the file.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: If the layout is unknown, or `"openai"` and the encoder has no text projection; the path is a
+            folder, does not end in .safetensors, or exists and `overwrite` is false.
+    """
+    path = Path(path)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown: choose from {', '.join(LAYOUTS)}.")
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise ValueError(f"{path} must be a file that ends in .safetensors: layout={layout!r} is one file.")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} would be overwritten: choose another file, or say overwrite=True.")
+    config = _saved_config(text_encoder)
+    _take_ids(config, tokenizer)
+    tensors = LAYOUTS[layout](_canonical(text_encoder))
+    if (reason := caveat(layout, config)) is not None:
+        logger.warning("%s: %s", path, reason)
+    metadata = {"format": "pt", CONFIGURATION: json.dumps(config.to_dict())}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as stage:
+        save_file(tensors, Path(stage, path.name), metadata=metadata)
+        Path(stage, path.name).replace(path)
+    return path
+
+
 def check_width(text_encoder: nn.Module | Sequence[nn.Module], unet: nn.Module) -> None:
     """Refuses an encoder whose states the UNet cannot attend to.
 
@@ -205,75 +261,11 @@ def final_layer_norm(text_encoder: TextEncoder) -> nn.LayerNorm:
     return getattr(text_encoder, "text_model", text_encoder).final_layer_norm
 
 
-def locate(
-    source: str | Path, subfolder: str | None, hub: dict[str, Any]
-) -> tuple[Path, Path | None, dict[str, Any] | None]:
-    """Finds, or downloads, a model.
-
-    Args:
-        source: A file, a folder, or a hub id, as `load_text_encoder` takes it.
-        subfolder: Where in a folder the model lies; by default the folder itself, or else its `text_encoder`.
-        hub: `revision`, `token`, `local_files_only`.
-
-    Returns:
-        The weights file, the model's folder and its `config.json`; the last two are None for a bare file.
-
-    Raises:
-        ValueError: If there is none. One sentence.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        if subfolder is not None:
-            raise ValueError(f"{path} is a file and has no subfolder {subfolder!r}: leave subfolder out.")
-        return path, None, None
-    if path.is_dir():
-        folder = _encoder_folder(path, subfolder)
-        file = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
-    elif _HUB_ID.fullmatch(str(source)) and path.suffix not in SUFFIXES:
-        folder, file = _download(str(source), subfolder, hub)
-    else:
-        raise ValueError(f"{source} does not exist: give a folder, a checkpoint file, or a hub id (owner/name).")
-    if file is None:
-        raise ValueError(f"{folder} holds no weights: one of {', '.join(_WEIGHT_FILES)} must be there.")
-    return file, folder, read_json(folder / "config.json")
-
-
-def _encoder_folder(root: Path, subfolder: str | None) -> Path:
-    candidates = [root / subfolder] if subfolder else [root, root / "text_encoder"]
-    for folder in candidates:
-        if (folder / "config.json").is_file():
-            return folder
-    raise ValueError(
-        f"{root} holds no CLIP text model: config.json is neither in {' nor in '.join(map(str, candidates))}; "
-        f"give the folder of a model or pipeline, or the path of a checkpoint file."
-    )
-
-
-def _download(repository: str, subfolder: str | None, hub: dict[str, Any]) -> tuple[Path, Path | None]:
-    """Fetches configuration and tokenizer, then the first weights file that the repository has."""
-    try:
-        root = Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt"], **hub))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ValueError(
-            f"{repository} is no folder here, and as a hub id it cannot be reached or is not cached "
-            f"({type(error).__name__}): check the name and the network, or download it and give the folder."
-        ) from error
-    folder = _encoder_folder(root, subfolder)
-    inside = folder.relative_to(root)
-    for name in _WEIGHT_FILES:
-        try:
-            file = Path(hf_hub_download(repository, (inside / name).as_posix(), **hub))
-            for shard in shard_names(file) if file.suffix == ".json" else ():
-                hf_hub_download(repository, (inside / shard).as_posix(), **hub)
-            return folder, file
-        except (OSError, HfHubHTTPError):  # not in the repository, or not in the cache
-            continue
-    return folder, None
-
-
-def _text_config(config: dict[str, Any], weights: TextWeights, projection: bool | None) -> tuple[CLIPTextConfig, bool]:
-    """The text part of a `config.json`, and whether the encoder shall have a projection."""
-    kind, where = config.get("model_type"), Path(weights.where).with_name("config.json")
+def _text_config(
+    config: dict[str, Any], weights: TextWeights, projection: bool | None, where: str
+) -> tuple[CLIPTextConfig, bool]:
+    """The text part of a `config.json`, read from `where`, and whether the encoder shall have a projection."""
+    kind = config.get("model_type")
     if kind not in ("clip", "clip_text_model"):
         raise ValueError(f"{where} is of a model of type {kind!r}, not of a CLIP: give a CLIP text model.")
     try:
@@ -297,7 +289,12 @@ def _check(weights: TextWeights, config: CLIPTextConfig, with_projection: bool) 
         raise ValueError(
             f"hidden_act is {config.hidden_act!r}, but CLIPs have 'quick_gelu' or 'gelu': give one of them."
         )
-    whole = weights.layout != "huggingface"  # the other layouts always have the projection
+    if with_projection and PROJECTION not in weights.tensors:
+        raise ValueError(
+            f"{weights.where} lacks the text weights {weights.own_name(PROJECTION)}: leave the projection out "
+            f"(projection=False, --no-projection), which the layout openai cannot, or give a source that has one."
+        )
+    whole = weights.layout != "huggingface" and weights.place is None  # these layouts always have the projection
     with torch.device("meta"):
         model = (CLIPTextModelWithProjection if with_projection or whole else CLIPTextModel)(config)
     check_weights(weights, {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()})
@@ -331,8 +328,12 @@ def _tokenizer(
     pad_token: str | None,
     vocab_size: int,
     where: str,
+    pad_token_id: int | None = None,
 ) -> CLIPTokenizer:
-    """The tokenizer that was given, or the source's own, or CLIP's."""
+    """The tokenizer that was given, or the source's own, or CLIP's.
+
+    It pads with `pad_token`, or else `pad_token_id`, or else as it does.
+    """
     with tempfile.TemporaryDirectory() as copy:
         home = _tokenizer_folder(folder)
         if given is not None:
@@ -342,9 +343,11 @@ def _tokenizer(
             if vocab_size != VOCAB_SIZE:
                 raise ValueError(
                     f"{where} has a vocabulary of {vocab_size} tokens and no tokenizer beside it, but CLIP's own has "
-                    f"{VOCAB_SIZE}: give tokenizer=."
+                    f"{VOCAB_SIZE}: give tokenizer=, or config=."
                 )
             found = clip_tokenizer(max_length)
+            if pad_token is None and pad_token_id is not None:
+                pad_token = found.convert_ids_to_tokens(pad_token_id)
             if pad_token not in (None, "eos", found.eos_token):
                 found = clip_tokenizer(max_length, pad_token)
             return found
@@ -354,6 +357,8 @@ def _tokenizer(
             raise ValueError(
                 f"{home} holds no readable CLIP tokenizer: download it again, or give tokenizer=."
             ) from error
+        if pad_token is None and pad_token_id is not None:
+            pad_token = found.convert_ids_to_tokens(pad_token_id)
         pad = found.eos_token if pad_token == "eos" else pad_token
         if pad is not None and pad != found.pad_token:
             if pad not in found.get_vocab():
@@ -394,16 +399,26 @@ def _build(
 
 def _write_encoder(text_encoder: TextEncoder, folder: Path) -> None:
     """A `save_pretrained` whose names begin with `text_model.`, which transformers 4 needs and 5 understands."""
+    folder.mkdir()
+    _saved_config(text_encoder).save_pretrained(folder)
+    save_file(huggingface_layout(_canonical(text_encoder)), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _canonical(text_encoder: TextEncoder) -> dict[str, Tensor]:
+    state = text_encoder.state_dict().items()
+    return {name.removeprefix("text_model."): tensor.contiguous() for name, tensor in state}
+
+
+def _saved_config(text_encoder: TextEncoder) -> CLIPTextConfig:
     config = type(text_encoder.config)(**text_encoder.config.to_dict())
     config.architectures = [type(text_encoder).__name__]
     config.dtype = text_encoder.dtype
-    folder.mkdir()
-    config.save_pretrained(folder)
-    tensors = {
-        name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": tensor.contiguous()
-        for name, tensor in text_encoder.state_dict().items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return config
+
+
+def _take_ids(config: CLIPTextConfig, tokenizer: CLIPTokenizer) -> None:
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
 
 
 def _config(module: nn.Module) -> Any:

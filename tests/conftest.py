@@ -141,18 +141,18 @@ def make_stable_diffusion() -> StableDiffusionPipeline:
     return pipe
 
 
-def make_stable_diffusion_xl() -> StableDiffusionXLPipeline:
+def make_stable_diffusion_xl(second_width: int = WIDTH) -> StableDiffusionXLPipeline:
     unet = tiny_unet(
         2,
-        cross_attention_dim=2 * WIDTH,
+        cross_attention_dim=WIDTH + second_width,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+        projection_class_embeddings_input_dim=6 * 8 + second_width,
     )
     pipe = StableDiffusionXLPipeline(
         vae=tiny_vae(0),
         text_encoder=tiny_text_encoder(1),
-        text_encoder_2=tiny_text_encoder(3, projection=True),
+        text_encoder_2=tiny_text_encoder(3, width=second_width, projection=True),
         tokenizer=clip_tokenizer(77),
         tokenizer_2=clip_tokenizer(77, pad_token="!"),
         unet=unet,

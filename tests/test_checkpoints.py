@@ -7,12 +7,18 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import CLIPTextConfig
 
 from finelip_diffusion.checkpoints import (
+    CONFIGURATION,
     POSITIONS,
     PROJECTION,
+    caveat,
     check_weights,
+    huggingface_layout,
+    openai_layout,
     read_checkpoint,
+    read_configuration,
     text_weights,
 )
 
@@ -263,3 +269,67 @@ def test_a_width_that_tells_no_heads_asks_for_them():
     with pytest.raises(ValueError, match=r"48 wide.*give num_attention_heads"):
         text_weights(state).config()
     assert text_weights(state).config(num_attention_heads=4).num_attention_heads == 4
+
+
+# --- from our names to those of others ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("two_tables", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_openais_names_there_and_back(two_tables, dtype):
+    """Every text weight comes back bit for bit; a merged table is written as both, 77 rows as OpenAI's one."""
+    state = {name: tensor.to(dtype) for name, tensor in openai_state(248 if two_tables else 77, two_tables).items()}
+    weights = text_weights(state)
+    again = openai_layout(weights.tensors)
+    text = state.keys() - set(weights.set_aside)
+    assert again.keys() == text
+    assert all(torch.equal(again[name], state[name]) for name in text if not name.startswith("positional"))
+    for table in (name for name in text if name.startswith("positional")):
+        assert torch.equal(again[table], weights.tensors[POSITIONS])
+    back = text_weights(again)
+    assert back.layout == weights.layout and back.tensors.keys() == weights.tensors.keys()
+    assert all(torch.equal(back.tensors[name], tensor) for name, tensor in weights.tensors.items())
+    pointers = [tensor.data_ptr() for tensor in again.values()]
+    assert len(set(pointers)) == len(pointers) and all(tensor.is_contiguous() for tensor in again.values())
+
+
+def test_openais_names_are_those_that_errors_tell():
+    weights = text_weights(openai_state())
+    assert {weights.own_name(name) for name in weights.tensors} == openai_layout(weights.tensors).keys()
+
+
+def test_without_a_projection_openais_layout_is_refused():
+    tensors = dict(text_weights(openai_state()).tensors)
+    del tensors[PROJECTION]
+    with pytest.raises(ValueError, match="has a text projection, but this encoder has none: load it with projection"):
+        openai_layout(tensors)
+
+
+def test_transformers_names_there_and_back():
+    tensors = text_weights(openai_state()).tensors
+    named = huggingface_layout(tensors)
+    assert all(name.startswith(("text_model.", "text_projection.weight")) for name in named)
+    back = text_weights(named)
+    assert back.layout == "huggingface" and back.tensors.keys() == tensors.keys()
+    assert all(torch.equal(back.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+def test_configurations_in_metadata(tmp_path):
+    path = tmp_path / "clip.safetensors"
+    for text, expected in [(None, None), ('{"hidden_act": "gelu"}', {"hidden_act": "gelu"})]:
+        save_file(openai_state(), path, metadata=None if text is None else {CONFIGURATION: text})
+        assert read_configuration(path) == expected
+    for text in ("{broken", "[1]", "null"):
+        save_file(openai_state(), path, metadata={CONFIGURATION: text})
+        with pytest.raises(ValueError, match=r"clip\.safetensors has metadata .* that is no JSON object"):
+            read_configuration(path)
+
+
+def test_what_other_programs_make_of_an_encoder():
+    published = CLIPTextConfig(hidden_size=768, num_attention_heads=12, max_position_embeddings=248)
+    assert caveat("openai", published) is None and caveat("comfyui", published) is None
+    gelu = CLIPTextConfig(hidden_size=768, num_attention_heads=8, hidden_act="gelu", max_position_embeddings=248)
+    assert "but this encoder gelu and heads of width 96" in str(caveat("openai", gelu))
+    small = CLIPTextConfig(hidden_size=512, num_attention_heads=8, max_position_embeddings=248)
+    assert "but this one is 512 wide with 12." in str(caveat("comfyui", small))
+    assert caveat("comfyui", CLIPTextConfig(hidden_size=512, num_attention_heads=8)) is None  # 77 rows: no long one

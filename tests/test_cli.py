@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import tiny_text_encoder
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finelip_diffusion import cli
+from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.tokenizer import clip_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,16 +222,55 @@ def test_convert_says_what_it_sets_aside(tmp_path, caplog):
     assert "text_projection" in caplog.text
 
 
+def test_convert_to_other_layouts_and_back(tmp_path, capsys):
+    """The bundled encoders have heads of 32 and a vocabulary of their own, which --config brings along."""
+    for layout, source, projection in [
+        ("comfyui", BUNDLED_MODEL / "finelip", False),
+        ("openai", BUNDLED_MODEL / "clip", True),
+    ]:
+        file, folder, home = tmp_path / f"{layout}.safetensors", tmp_path / layout, tmp_path / f"{layout}-direct"
+        assert cli.main(["convert", str(source), str(file), "--layout", layout]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith(f"{file}: CLIPTextModel")
+        assert cli.main(["convert", str(file), str(folder), "--config", str(source)]) == 0
+        flags = ["--projection"] if projection else []
+        assert cli.main(["convert", str(source), str(home), *flags]) == 0
+        kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+        one, other = (kind.from_pretrained(path / "text_encoder") for path in (folder, home))
+        assert one.config.num_attention_heads == other.config.num_attention_heads == 4
+        assert all(torch.equal(one.state_dict()[name], tensor) for name, tensor in other.state_dict().items())
+        words = [CLIPTokenizer.from_pretrained(path / "tokenizer") for path in (folder, home)]
+        assert words[0]("a small red ring").input_ids == words[1]("a small red ring").input_ids
+    capsys.readouterr()
+    assert (
+        cli.main(["convert", str(BUNDLED_MODEL / "finelip"), str(tmp_path / "x.safetensors"), "--layout", "openai"])
+        == 1
+    )
+    error = capsys.readouterr().err
+    assert (
+        "lacks the text weights text_projection.weight: leave the projection out" in error and error.count("\n") == 1
+    )
+
+
+def test_convert_the_second_encoder_of_a_model(stable_diffusion_xl_folder, tmp_path, capsys):
+    out = tmp_path / "second"
+    command = ["convert", str(stable_diffusion_xl_folder), str(out), "--subfolder", "text_encoder_2"]
+    assert cli.main(command) == 0
+    assert "CLIPTextModelWithProjection, 248 positions" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["text_encoder_2", "tokenizer_2"]
+
+
 def test_help_loads_no_library():
     code = "import sys; from finelip_diffusion import cli; cli._parser(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
 
-def test_strategies_are_those_of_the_pipelines():
+def test_strategies_and_layouts_are_those_of_the_package():
+    from finelip_diffusion.checkpoints import LAYOUTS
     from finelip_diffusion.prompts import LONG_PROMPTS
     from finelip_diffusion.weighting import WEIGHTINGS
 
     assert cli.LONG_PROMPTS == LONG_PROMPTS
     assert cli.WEIGHTINGS == WEIGHTINGS
+    assert ("diffusers", *LAYOUTS) == cli.LAYOUTS
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in cli.DTYPES)

@@ -18,6 +18,7 @@ LINES = {
     "draw": [
         "positions",
         "checkpoints",
+        "locations",
         "tokenizer",
         "text_encoder",
         "upstream",

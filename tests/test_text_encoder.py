@@ -25,6 +25,7 @@ from finelip_diffusion.text_encoder import (
     check_width,
     final_layer_norm,
     load_text_encoder,
+    save_checkpoint,
     save_text_encoder,
     text_embeddings,
 )
@@ -471,6 +472,83 @@ def test_gradients_flow_and_tokens_can_be_added(stock):
     assert torch.equal(output.pooler_output[0], output.last_hidden_state[0, -1])  # the end, not the highest id
     output.last_hidden_state.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# --- one file for other programs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["openai", "comfyui"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_file_and_back_is_the_same_encoder(tmp_path, layout, dtype):
+    """Weights, activation, heads, padding and token ids; 4 heads of 16 and GELU are nothing that shapes would say."""
+    options = {"num_attention_heads": 4, "hidden_act": "gelu", "pad_token": "!"}
+    model, tokenizer = load_text_encoder(saved(random_state(dtype=dtype), tmp_path), projection=True, **options)
+    file = save_checkpoint(model, tokenizer, tmp_path / "new" / "long.safetensors", layout=layout)
+    assert [path.name for path in file.parent.iterdir()] == ["long.safetensors"]
+    again, other = load_text_encoder(file)
+    save_text_encoder(again, other, tmp_path / "folder")
+    for found, words in [(again, other), load_text_encoder(tmp_path / "folder")]:
+        assert type(found) is CLIPTextModelWithProjection and found.dtype == dtype
+        state = found.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+        aside = {"architectures", "dtype", "transformers_version"}
+        one, old = found.config.to_dict(), model.config.to_dict()
+        assert all(one[name] == value for name, value in old.items() if name not in aside)
+        assert words([LONG, "wow!!!"], padding="max_length") == tokenizer([LONG, "wow!!!"], padding="max_length")
+    assert type(load_text_encoder(file, projection=False)[0]) is CLIPTextModel
+
+
+def test_the_authors_forward_pass_takes_the_file_for_its_own(tmp_path):
+    """Every text weight is there under its name, both tables of 248 rows, and the function is the encoder's."""
+    state = random_state()
+    model, tokenizer = load_text_encoder(saved(state, tmp_path), projection=True, pad_token="!")
+    file = load_file(save_checkpoint(model, tokenizer, tmp_path / "long.safetensors", layout="openai"))
+    foreign = ("visual.", "cross_net.", "logit_scale")
+    assert {name: tensor.shape for name, tensor in file.items()} == {
+        name: tensor.shape for name, tensor in state.items() if not name.startswith(foreign)
+    }
+    input_ids = tokenizer([SHORT, LONG], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    output = encode(model, tokenizer, SHORT, LONG)
+    states, pooled = two_table_forward(file, input_ids)
+    expected, expected_pooled = two_table_forward(state, input_ids)
+    assert torch.equal(states, expected) and torch.equal(pooled, expected_pooled)
+    torch.testing.assert_close(output.text_embeds, pooled, rtol=0, atol=1e-5)  # fp32, as above
+
+
+def test_the_file_holds_what_comfyui_looks_for(stock, tmp_path):
+    """Its loader counts the rows of one table, and takes layer 30 for bigG and layer 1 for CLIP-L; no prefix."""
+    model, tokenizer = load_text_encoder(stock)
+    file = load_file(save_checkpoint(model, tokenizer, tmp_path / "l.safetensors", layout="comfyui"))
+    assert file["text_model.embeddings.position_embedding.weight"].shape == (248, 64)
+    assert "text_model.encoder.layers.1.mlp.fc1.weight" in file
+    assert "text_model.encoder.layers.30.mlp.fc1.weight" not in file and "text_projection.weight" not in file
+    whole = CLIPTextConfig(
+        hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=32, max_position_embeddings=248
+    )
+    second = CLIPTextModelWithProjection(whole)
+    file = load_file(save_checkpoint(second, tokenizer, tmp_path / "g.safetensors", layout="comfyui"))
+    assert {"text_model.encoder.layers.30.mlp.fc1.weight", "text_projection.weight"} <= file.keys()
+
+
+def test_files_are_never_overwritten_unasked_and_whole_or_not_there(stock, tmp_path, caplog):
+    model, tokenizer = load_text_encoder(stock)
+    path = tmp_path / "long.safetensors"
+    save_checkpoint(model, tokenizer, path, layout="comfyui")
+    assert "but this one is 64 wide with 3." in caplog.text
+    before = path.read_bytes()
+    for target, layout, sentence in [
+        (path, "comfyui", r"long\.safetensors would be overwritten: choose another file, or say overwrite=True"),
+        (tmp_path / "long.pt", "openai", r"long\.pt must be a file that ends in \.safetensors"),
+        (tmp_path, "comfyui", r"must be a file that ends in \.safetensors"),
+        (path, "gguf", "layout='gguf' is unknown: choose from openai, comfyui"),
+        (tmp_path / "x.safetensors", "openai", "has a text projection, but this encoder has none"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            save_checkpoint(model, tokenizer, target, layout=layout)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["long.safetensors"] and path.read_bytes() == before
+    torch.nn.init.zeros_(text_embeddings(model).position_embedding.weight)
+    save_checkpoint(model, tokenizer, path, layout="comfyui", overwrite=True)
+    assert text_embeddings(load_text_encoder(path)[0]).position_embedding.weight.abs().max() == 0
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

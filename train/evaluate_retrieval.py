@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from finelip_diffusion.data import open_dataset
+from finelip_diffusion.locations import locate
 from finelip_diffusion.model import GLOBAL_SHARE, load_clip
 from finelip_diffusion.retrieval import VIEWS, embed_gallery, evaluate, scenes_gallery
-from finelip_diffusion.text_encoder import locate
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 COLUMNS = ("R@1", "R@5", "R@10", "group_R@1")
