@@ -23,6 +23,7 @@ LINES = {
         "components",
         "prompts",
         "encoding",
+        "upstream",
         "pipeline",
         "attention",
     ],
