@@ -111,7 +111,9 @@ class _LongPromptMixin:
         if "unet" not in kwargs and finelip is not None and (Path(finelip) / "unet").is_dir():
             logger.info("the UNet in %s was adapted to the encoder beside it and replaces that of %s", finelip, base)
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-            kwargs["unet"] = UNet2DConditionModel.from_pretrained(finelip, subfolder="unet", torch_dtype=dtype)
+            kwargs["unet"] = UNet2DConditionModel.from_pretrained(
+                finelip, subfolder="unet", torch_dtype=dtype, device_map=kwargs.get("device_map")
+            )
         return super().from_pretrained(str(base), finelip=finelip, long_prompt=long_prompt, **kwargs)  # type: ignore[misc]
 
     @classmethod
