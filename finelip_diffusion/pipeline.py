@@ -708,12 +708,10 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
         return readers
 
 
-def _and_stock(
-    pipe: "_LongPromptMixin | None", text_encoder: TextEncoder
-) -> list[tuple[TextEncoder, CLIPTokenizer | None]]:
+def _and_stock(pipe: Any, text_encoder: TextEncoder) -> list[tuple[TextEncoder, CLIPTokenizer | None]]:
     """An encoder without its tokenizer, and, if it is a pipeline's long one, the stock one beside it with its own."""
     found: list[tuple[TextEncoder, CLIPTokenizer | None]] = [(text_encoder, None)]
-    for place in pipe._places if pipe is not None else ():
+    for place in pipe._places if isinstance(pipe, _LongPromptMixin) else ():
         stock = getattr(pipe, f"{_STOCK}text_encoder{place}")
         if stock is not None and text_encoder is getattr(pipe, f"text_encoder{place}"):
             found.append((stock, getattr(pipe, f"{_STOCK}tokenizer{place}")))
