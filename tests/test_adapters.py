@@ -147,7 +147,7 @@ def write_lora(folder, layout: str, stock, seed: int = 0):
             unet_lora_layers=peft_layers(stock.unet, ["to_q", "to_v"], seed),
             text_encoder_lora_layers=peft_layers(stock.text_encoder, ["q_proj", "fc1"], seed),
         )
-    return folder / LORA
+    return folder
 
 
 def merged(model: nn.Module, lora: dict[str, Tensor], prefix: str) -> nn.Module:
@@ -182,7 +182,7 @@ def test_a_lora_of_the_77_token_model_works_in_every_strategy_and_leaves_no_trac
     before = {how: pixels(pipe, prompt, long_prompt=how) for how in LONG_PROMPTS}
     states = {how: embed(pipe, prompt, long_prompt=how)[0] for how in LONG_PROMPTS}
     for each in (stock, pipe):
-        each.load_lora_weights(lora, adapter_name="style")
+        each.load_lora_weights(lora, weight_name=LORA, adapter_name="style")
     for how in LONG_PROMPTS:
         assert not torch.equal(embed(pipe, prompt, long_prompt=how)[0], states[how])
         assert not torch.equal(pixels(pipe, prompt, long_prompt=how), before[how])
@@ -234,7 +234,7 @@ def test_several_loras_with_weights_and_scale(stock, pipe, text_of, tmp_path):
         folder.mkdir()
         lora = write_lora(folder, ("peft", "kohya")[seed], stock, seed)
         for each in (stock, pipe):
-            each.load_lora_weights(lora, adapter_name=name)
+            each.load_lora_weights(lora, weight_name=LORA, adapter_name=name)
 
     def check(**call):
         image = pixels(pipe, prompt, long_prompt="truncate", **call)
@@ -270,7 +270,7 @@ def test_fused_loras_stay_in_both_encoders_when_they_are_unloaded(stock, pipe, t
     which = {} if components is None else {"components": components}
     plain = embed(pipe, prompt)[0], embed(pipe, prompt, long_prompt="truncate")[0]
     for each in (stock, pipe):
-        each.load_lora_weights(lora)
+        each.load_lora_weights(lora, weight_name=LORA)
     loaded = embed(pipe, prompt)[0], embed(pipe, prompt, long_prompt="truncate")[0]
     for each in (stock, pipe):
         each.fuse_lora(**which)
@@ -337,7 +337,7 @@ def test_lora_on_sdxl_in_the_peft_layout_fused(stock_xl, pipe_xl, text_of, tmp_p
         text_encoder_2_lora_layers=peft_layers(stock_xl.text_encoder_2, ["v_proj"]),
     )
     for each in (stock_xl, pipe_xl):
-        each.load_lora_weights(tmp_path / LORA)
+        each.load_lora_weights(tmp_path, weight_name=LORA)
         each.fuse_lora(lora_scale=0.7)
         each.unload_lora_weights()
     assert torch.equal(pixels(pipe_xl, text_of(90), long_prompt="truncate"), pixels(stock_xl, text_of(90)))
