@@ -97,17 +97,26 @@ def long_encoder(
         The encoder and a tokenizer of its length. What was given is never changed: copies are.
 
     Raises:
-        ValueError: Whatever `load_text_encoder` raises.
+        ValueError: If `text_encoder` has a LoRA that its replacement would lack; and whatever `load_text_encoder`
+            raises.
     """
     if finelip is not None:
         if text_encoder is None:
             return load_text_encoder(finelip, **options)
+        adapters = ", ".join(getattr(text_encoder, "peft_config", ()))
+        if adapters:
+            raise ValueError(
+                f"the text encoder has a LoRA ({adapters}), which would stay behind when finelip={finelip} replaces "
+                "it: unload_lora_weights() first, and load it again afterwards."
+            )
         projection = isinstance(text_encoder, CLIPTextModelWithProjection)
         options = {"projection": projection, "dtype": text_encoder.dtype, **options}
-        found, tokenizer = load_text_encoder(finelip, **options)
+        found, its_tokenizer = load_text_encoder(finelip, **options)
         if not (Path(finelip) / "unet").is_dir():  # a UNet beside it was adapted to the whole encoder
             _leave_out_layers(found, text_encoder.config.num_hidden_layers)
-        return found.to(text_encoder.device), tokenizer
+        if tokenizer is not None:
+            _bring_embeddings(text_encoder, tokenizer, found, its_tokenizer)
+        return found.to(text_encoder.device), its_tokenizer
     if text_encoder is None or tokenizer is None:
         return text_encoder, tokenizer
     if is_stock(text_encoder):
@@ -183,6 +192,22 @@ def single_file_components(
                 file, subfolder=name, config=folder, max_length=None, dtype=dtype
             )
     return file, folder, components
+
+
+def _bring_embeddings(
+    source: TextEncoder, its_tokenizer: CLIPTokenizer, target: TextEncoder, tokenizer: CLIPTokenizer
+) -> None:
+    """Copies textual inversions, the tokens that were added behind the vocabulary, from one encoder to another."""
+    known = tokenizer.get_vocab()
+    new = {place: token for place, token in its_tokenizer.added_tokens_decoder.items() if token.content not in known}
+    table = source.get_input_embeddings().weight.data
+    if not new or table.shape[1] != target.get_input_embeddings().embedding_dim:  # which `check_width` is going to say
+        return
+    tokenizer.add_tokens(list(new.values()))
+    target.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = target.get_input_embeddings().weight.data
+    for place, token in new.items():
+        rows[tokenizer.convert_tokens_to_ids(token.content)] = table[place].to(rows)
 
 
 def _stretched(text_encoder: TextEncoder) -> TextEncoder:

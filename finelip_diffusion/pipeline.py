@@ -33,6 +33,7 @@ from .encoding import PromptEmbeds, encode_readings
 from .positions import STOCK_POSITIONS
 from .prompts import LONG_PROMPTS, Cut, LongPrompt, PromptReport, Reading, WeightedText, read_prompt
 from .text_encoder import TextEncoder
+from .upstream import even_alphas, fit_text_encoder_names
 from .weighting import WEIGHTINGS, Weighting, parse_weights
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ class _LongPromptMixin:
     """What both pipelines share: a long and a stock text encoder in each place, and the strategies that use them."""
 
     config: Any
+    text_encoder: TextEncoder
+    _lora_loadable_modules: ClassVar[list[str]]
     _stock_class: ClassVar[type[DiffusionPipeline]]
     _places: ClassVar[tuple[str, ...]] = ("",)
     _long_prompt: LongPrompt = "stretch"
@@ -196,24 +199,72 @@ class _LongPromptMixin:
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def load_lora_into_text_encoder(cls, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
-        """Loads a LoRA into a long encoder as diffusers does, and into the stock one that stands beside it."""
-        super().load_lora_into_text_encoder(state_dict, *args, **kwargs)  # type: ignore[misc]
-        pipe, text_encoder = kwargs.get("_pipeline"), kwargs.get("text_encoder")
-        for place in cls._places:
-            stock = getattr(pipe, f"{_STOCK}text_encoder{place}", None)
-            if stock is not None and text_encoder is getattr(pipe, f"text_encoder{place}", None):
-                super().load_lora_into_text_encoder(state_dict, *args, **{**kwargs, "text_encoder": stock})  # type: ignore[misc]
+    def lora_state_dict(cls, *args: Any, **kwargs: Any) -> tuple:
+        """Reads a LoRA as diffusers does, and keeps the alphas that diffusers loses."""
+        state_dict, network_alphas, *rest = super().lora_state_dict(*args, **kwargs)  # type: ignore[misc]
+        return *even_alphas(state_dict, network_alphas), *rest
 
-    def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
+    @classmethod
+    def load_lora_into_text_encoder(
+        cls, state_dict: dict[str, Tensor], network_alphas: dict | None, text_encoder: TextEncoder, **kwargs: Any
+    ) -> None:
+        """Loads a LoRA into a long encoder as diffusers does, and into the stock one that stands beside it."""
+        prefix = kwargs.get("prefix") or cls.text_encoder_name  # type: ignore[attr-defined]
+        for each, _ in _and_stock(kwargs.get("_pipeline"), text_encoder):
+            fitting = fit_text_encoder_names(state_dict, each, prefix)
+            super().load_lora_into_text_encoder(fitting, network_alphas, each, **kwargs)  # type: ignore[misc]
+
+    def fuse_lora(self, components: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        """Fuses LoRAs as diffusers does, those of a stock encoder with those of the long one."""
+        super().fuse_lora(self._lora_components(components), *args, **kwargs)  # type: ignore[misc]
+
+    def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
+        """Takes LoRAs out again as diffusers does, those of a stock encoder with those of the long one."""
+        super().unfuse_lora(self._lora_components(components), **kwargs)  # type: ignore[misc]
+
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
+        """Weighs LoRAs as diffusers does, those of a stock encoder as those of the long one."""
+
+        def complete(weights: Any) -> Any:
+            if not isinstance(weights, dict):
+                return weights
+            stock = {f"{_STOCK}{name}": weights[name] for name in weights}
+            return {**{name: stock[name] for name in stock if name in self._lora_loadable_modules}, **weights}
+
+        several = isinstance(adapter_weights, list)
+        weights = [complete(each) for each in adapter_weights] if several else complete(adapter_weights)
+        super().set_adapters(adapter_names, weights)  # type: ignore[misc]
+
+    def _lora_components(self, components: list[str] | None) -> list[str]:
+        """All that can have a LoRA, or the named ones with the stock encoders beside them."""
+        names = list(self._lora_loadable_modules if components is None else components)
+        beside = [name for name in self._lora_loadable_modules if name.removeprefix(_STOCK) in names]
+        return [*names, *(name for name in beside if name not in names)]
+
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: Any,
+        token: str | list[str] | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        text_encoder: TextEncoder | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Loads an embedding into a long encoder as diffusers does, and into the stock one that stands beside it."""
-        super().load_textual_inversion(*args, **kwargs)  # type: ignore[misc]
-        text_encoder = kwargs.get("text_encoder") or self.text_encoder  # type: ignore[attr-defined]
-        for place in self._places:
-            stock = getattr(self, f"{_STOCK}text_encoder{place}")
-            if stock is not None and text_encoder is getattr(self, f"text_encoder{place}"):
-                tokenizer = getattr(self, f"{_STOCK}tokenizer{place}")
-                super().load_textual_inversion(*args, **{**kwargs, "text_encoder": stock, "tokenizer": tokenizer})  # type: ignore[misc]
+        for each, other in _and_stock(self, text_encoder or self.text_encoder):
+            super().load_textual_inversion(  # type: ignore[misc]
+                pretrained_model_name_or_path, token, other or tokenizer, each, **kwargs
+            )
+
+    def unload_textual_inversion(
+        self,
+        tokens: str | list[str] | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        text_encoder: TextEncoder | None = None,
+    ) -> None:
+        """Takes embeddings out of a long encoder as diffusers does, and of the stock one that stands beside it."""
+        for each, other in _and_stock(self, text_encoder or self.text_encoder):
+            super().unload_textual_inversion(tokens, other or tokenizer, each)  # type: ignore[misc]
+            each.config.vocab_size = each.get_input_embeddings().num_embeddings
 
     def describe_prompt(
         self,
@@ -833,7 +884,19 @@ def _adapted_unet(finelip: str | Path | None, kwargs: dict[str, Any]) -> dict[st
         return {}
     logger.info("the UNet in %s was adapted to the encoder beside it and replaces that of the base", finelip)
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    return {"unet": UNet2DConditionModel.from_pretrained(finelip, subfolder="unet", torch_dtype=dtype)}
+    device_map = kwargs.get("device_map")
+    unet = UNet2DConditionModel.from_pretrained(finelip, subfolder="unet", torch_dtype=dtype, device_map=device_map)
+    return {"unet": unet}
+
+
+def _and_stock(pipe: Any, text_encoder: TextEncoder) -> list[tuple[TextEncoder, CLIPTokenizer | None]]:
+    """An encoder without its tokenizer, and, if it is a pipeline's long one, the stock one beside it with its own."""
+    found: list[tuple[TextEncoder, CLIPTokenizer | None]] = [(text_encoder, None)]
+    for place in pipe._places if isinstance(pipe, _LongPromptMixin) else ():
+        stock = getattr(pipe, f"{_STOCK}text_encoder{place}")
+        if stock is not None and text_encoder is getattr(pipe, f"text_encoder{place}"):
+            found.append((stock, getattr(pipe, f"{_STOCK}tokenizer{place}")))
+    return found
 
 
 @contextmanager

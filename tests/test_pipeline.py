@@ -84,17 +84,6 @@ def test_truncate_gives_the_pixels_of_the_stock_pipeline_for_a_batch(stock, untr
     assert torch.equal(ours, pixels(stock, prompts, negative_prompt=negatives))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(stable_diffusion_folder, text_of, dtype):
-    load = {"torch_dtype": dtype}
-    stock = StableDiffusionPipeline.from_pretrained(stable_diffusion_folder, **load)
-    ours = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder, **load)
-    assert ours.text_encoder.dtype == ours.stock_text_encoder.dtype == dtype
-    assert torch.equal(pixels(stock, text_of(90)), pixels(ours, text_of(90), long_prompt="truncate"))
-    assert embed(ours, text_of(90))[0].dtype == dtype
-    assert torch.isfinite(pixels(ours, text_of(90))).all()
-
-
 # What long prompts change
 
 
@@ -472,63 +461,3 @@ def test_from_pipe_both_ways(pipe, stock, text_of):
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     assert other.text_encoder is pipe.text_encoder
     assert other.tokenizer.model_max_length == 248
-
-
-# Devices and adapters
-
-
-def test_the_stock_encoder_moves_with_the_pipeline(stable_diffusion_folder):
-    pipe = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder)
-    pipe.to(torch.float64)
-    assert pipe.stock_text_encoder.dtype == torch.float64
-    pipe.to("meta")
-    assert pipe.stock_text_encoder.device.type == pipe.text_encoder.device.type == "meta"
-    assert "stock_text_encoder" in pipe.model_cpu_offload_seq.split("->")
-
-
-def test_model_offload(stable_diffusion_folder, text_of):
-    pipe = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder)
-    pipe.set_progress_bar_config(disable=True)
-    before = {how: pixels(pipe, text_of(100), long_prompt=how) for how in ("stretch", "truncate")}
-    pipe.enable_model_cpu_offload(device="cpu")
-    assert hasattr(pipe.stock_text_encoder, "_hf_hook")
-    for how, image in before.items():
-        assert torch.equal(pixels(pipe, text_of(100), long_prompt=how), image)
-
-
-def test_lora_reaches_both_encoders_and_obeys_its_scale(stable_diffusion_folder, finelip_folder, text_of, tmp_path):
-    peft = pytest.importorskip("peft")
-    pipe = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder, finelip_folder)
-    trained = copy.deepcopy(pipe.stock_text_encoder)
-    trained.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    layers = peft.get_peft_model_state_dict(trained, adapter_name="default")
-    plain = {how: embed(pipe, text_of(100), long_prompt=how)[0] for how in ("stretch", "truncate")}
-    StableDiffusionPipeline.save_lora_weights(tmp_path, text_encoder_lora_layers=layers)
-
-    pipe.load_lora_weights(tmp_path, adapter_name="style")
-    for how, before in plain.items():
-        full = embed(pipe, text_of(100), long_prompt=how)[0]
-        half = embed(pipe, text_of(100), long_prompt=how, lora_scale=0.5)[0]
-        assert not torch.equal(full, before)
-        assert not torch.equal(full, half)
-        assert torch.equal(embed(pipe, text_of(100), long_prompt=how)[0], full)  # the scale does not stay
-    stock = StableDiffusionPipeline.from_pretrained(stable_diffusion_folder)
-    stock.load_lora_weights(tmp_path, adapter_name="style")
-    expected = embed(stock, text_of(100), lora_scale=0.5)[0]
-    assert torch.equal(embed(pipe, text_of(100), long_prompt="truncate", lora_scale=0.5)[0], expected)
-    pipe.unload_lora_weights()
-    for how, before in plain.items():
-        assert torch.equal(embed(pipe, text_of(100), long_prompt=how)[0], before)
-
-
-def test_textual_inversion_reaches_both_encoders(stable_diffusion_folder, text_of):
-    pipe = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder)
-    torch.manual_seed(0)
-    pipe.load_textual_inversion({"<toy>": torch.randn(3, WIDTH)})  # three vectors
-    stock = StableDiffusionPipeline.from_pretrained(stable_diffusion_folder)
-    torch.manual_seed(0)
-    stock.load_textual_inversion({"<toy>": torch.randn(3, WIDTH)})
-    prompt = "a red <toy> under a tree"
-    assert torch.equal(embed(pipe, prompt, long_prompt="truncate")[0], embed(stock, prompt)[0])
-    assert pipe.describe_prompt(prompt).tokens == pipe.describe_prompt(prompt, "truncate").tokens == 8
-    assert not torch.equal(embed(pipe, prompt)[0], embed(pipe, "a red toy under a tree")[0])
