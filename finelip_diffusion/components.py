@@ -19,6 +19,9 @@ from .upstream import mend_clip_skip
 
 logger = logging.getLogger(__name__)
 
+STOCK = "stock_"
+"""What the names of a pipeline's 77-token encoders and their tokenizers begin with, beside the long ones."""
+
 
 def attach(pipe: DiffusionPipeline, finelip: str | Path | None = None, **options: Any) -> DiffusionPipeline:
     """Gives long text encoders to diffusers pipelines that read through CLIP; `docs/compatibility.md` has a list.

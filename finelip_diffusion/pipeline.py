@@ -2,9 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +16,6 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -28,86 +25,25 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from .components import check_widths, is_stock, long_encoder, single_file_components
-from .encoding import PromptEmbeds, encode_readings
-from .positions import STOCK_POSITIONS
-from .prompts import LONG_PROMPTS, Cut, LongPrompt, PromptReport, Reading, WeightedText, read_prompt
-from .text_encoder import TextEncoder
-from .upstream import even_alphas, fit_text_encoder_names
-from .weighting import WEIGHTINGS, Weighting, parse_weights
+from .adapters import AdapterMixin
+from .components import STOCK, check_widths, is_stock, long_encoder, single_file_components
+from .prompts import LONG_PROMPTS, LongPrompt
+from .readers import Reader, ReadingMixin, one_of
+from .weighting import Weighting
 
 logger = logging.getLogger(__name__)
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
 """A small Stable Diffusion of the scenes world; its `finelip/` holds the long encoder and the UNet adapted to it."""
 
-_EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-
 SECOND_ENCODERS = ("stretch", "window")
 HIDDEN_STATES = ("penultimate", "last_norm")
 
-_CUTS: dict[str, Cut] = {"stretch": "packed", "truncate": "first", "chunk": "windows", "segment": "sentences"}
-_STOCK = "stock_"  # model_index.json has these components under a leading underscore: diffusers' own classes skip them
 
+class _LongPromptMixin(AdapterMixin, ReadingMixin):
+    """What both pipelines share: loading and saving of a long and a stock text encoder in each place."""
 
-@dataclass(frozen=True)
-class _Reader:
-    """A text encoder, and how it is to read."""
-
-    name: str
-    text_encoder: TextEncoder
-    tokenizer: CLIPTokenizer
-    cut: Cut
-    span_length: int | None = None
-
-    def read(self, prompt: WeightedText) -> Reading:
-        return read_prompt(prompt, self.tokenizer, self.cut, encoder=self.name, span_length=self.span_length)
-
-
-_Mixed = list[tuple[float, Reading]]
-"""Readings of one prompt, whose states are added up, each with its factor."""
-
-
-class _LongPromptMixin:
-    """What both pipelines share: a long and a stock text encoder in each place, and the strategies that use them."""
-
-    config: Any
-    text_encoder: TextEncoder
-    _lora_loadable_modules: ClassVar[list[str]]
     _stock_class: ClassVar[type[DiffusionPipeline]]
-    _places: ClassVar[tuple[str, ...]] = ("",)
-    _long_prompt: LongPrompt = "stretch"
-    _weighting: Weighting = "plain"
-    _blend: float = 1.0
-
-    @property
-    def long_prompt(self) -> LongPrompt:
-        """How prompts are read that do not fit the stock window; `docs/pipelines.md` has the table."""
-        return self._long_prompt
-
-    @long_prompt.setter
-    def long_prompt(self, value: str) -> None:
-        self._long_prompt = _one_of("long_prompt", value, LONG_PROMPTS)
-
-    @property
-    def weighting(self) -> Weighting:
-        """The syntax in which words of a prompt get their weights: `"plain"` (none), `"a1111"` or `"compel"`."""
-        return self._weighting
-
-    @weighting.setter
-    def weighting(self, value: str) -> None:
-        self._weighting = _one_of("weighting", value, WEIGHTINGS)
-
-    @property
-    def blend(self) -> float:
-        """Share of the long encoder's states in what `"stretch"` reads; the rest are the stock encoder's."""
-        return self._blend
-
-    @blend.setter
-    def blend(self, value: float) -> None:
-        if not 0 <= value <= 1:
-            raise ValueError(f"blend={value} is no share: give 0 (the stock encoder) to 1 (the long one).")
-        self._blend = float(value)
 
     @classmethod
     def from_pretrained(
@@ -135,11 +71,11 @@ class _LongPromptMixin:
                 choices; and whatever `load_text_encoder` raises.
             OSError: If the base is neither a folder nor to be had from the hub.
         """
-        _one_of("long_prompt", long_prompt, LONG_PROMPTS)
+        one_of("long_prompt", long_prompt, LONG_PROMPTS)
         if base is None:
             base, finelip = BUNDLED_MODEL, finelip or BUNDLED_MODEL / "finelip"
         if Path(base).is_dir():  # one that `from_pipe` made of ours names the stock encoders, and saves none
-            names = [f"{_STOCK}{part}{place}" for part in ("text_encoder", "tokenizer") for place in cls._places]
+            names = [f"{STOCK}{part}{place}" for part in ("text_encoder", "tokenizer") for place in cls._places]
             kwargs = {**{name: None for name in names if not (Path(base) / name).is_dir()}, **kwargs}
         kwargs |= _adapted_unet(finelip, kwargs)
         return super().from_pretrained(str(base), finelip=finelip, long_prompt=long_prompt, **kwargs)  # type: ignore[misc]
@@ -171,7 +107,7 @@ class _LongPromptMixin:
                 configurations cannot be had; the encoder's width is not the one that the UNet reads, or an argument
                 is none of its choices; and whatever `load_text_encoder` raises.
         """
-        _one_of("long_prompt", long_prompt, LONG_PROMPTS)
+        one_of("long_prompt", long_prompt, LONG_PROMPTS)
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype")) or torch.float32  # diffusers' default for a file
         hub: dict[str, Any] = {
             name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs
@@ -180,7 +116,7 @@ class _LongPromptMixin:
             path, cls._places, set(kwargs), config=config, dtype=dtype, hub=hub
         )
         for place in cls._places:  # a configuration saved by this class has these, a file has not
-            components |= {f"{_STOCK}text_encoder{place}": None, f"{_STOCK}tokenizer{place}": None}
+            components |= {f"{STOCK}text_encoder{place}": None, f"{STOCK}tokenizer{place}": None}
         kwargs = {**_adapted_unet(finelip, kwargs), **kwargs}
         kwargs = {"config": str(folder), "finelip": finelip, "long_prompt": long_prompt, **components, **kwargs}
         return super().from_single_file(str(file), **kwargs)  # type: ignore[misc]
@@ -188,287 +124,15 @@ class _LongPromptMixin:
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """Gives the stock encoders, which diffusers' own classes must not see, back to ours."""
-        public = {key.removeprefix("_") if key.startswith(f"_{_STOCK}") else key: v for key, v in config_dict.items()}
+        public = {key.removeprefix("_") if key.startswith(f"_{STOCK}") else key: v for key, v in config_dict.items()}
         return super().extract_init_dict(public, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self) -> str:
         """The `model_index.json`, in the name of diffusers' own class, so that plain diffusers loads it."""
         config = json.loads(super().to_json_string())  # type: ignore[misc]
-        config = {f"_{key}" if key.startswith(_STOCK) else key: value for key, value in config.items()}
+        config = {f"_{key}" if key.startswith(STOCK) else key: value for key, value in config.items()}
         config["_class_name"] = self._stock_class.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def lora_state_dict(cls, *args: Any, **kwargs: Any) -> tuple:
-        """Reads a LoRA as diffusers does, and keeps the alphas that diffusers loses."""
-        state_dict, network_alphas, *rest = super().lora_state_dict(*args, **kwargs)  # type: ignore[misc]
-        return *even_alphas(state_dict, network_alphas), *rest
-
-    @classmethod
-    def load_lora_into_text_encoder(
-        cls, state_dict: dict[str, Tensor], network_alphas: dict | None, text_encoder: TextEncoder, **kwargs: Any
-    ) -> None:
-        """Loads a LoRA into a long encoder as diffusers does, and into the stock one that stands beside it."""
-        prefix = kwargs.get("prefix") or cls.text_encoder_name  # type: ignore[attr-defined]
-        for each, _ in _and_stock(kwargs.get("_pipeline"), text_encoder):
-            fitting = fit_text_encoder_names(state_dict, each, prefix)
-            super().load_lora_into_text_encoder(fitting, network_alphas, each, **kwargs)  # type: ignore[misc]
-
-    def fuse_lora(self, components: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        """Fuses LoRAs as diffusers does, those of a stock encoder with those of the long one."""
-        super().fuse_lora(self._lora_components(components), *args, **kwargs)  # type: ignore[misc]
-
-    def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
-        """Takes LoRAs out again as diffusers does, those of a stock encoder with those of the long one."""
-        super().unfuse_lora(self._lora_components(components), **kwargs)  # type: ignore[misc]
-
-    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
-        """Weighs LoRAs as diffusers does, those of a stock encoder as those of the long one."""
-
-        def complete(weights: Any) -> Any:
-            if not isinstance(weights, dict):
-                return weights
-            stock = {f"{_STOCK}{name}": weights[name] for name in weights}
-            return {**{name: stock[name] for name in stock if name in self._lora_loadable_modules}, **weights}
-
-        several = isinstance(adapter_weights, list)
-        weights = [complete(each) for each in adapter_weights] if several else complete(adapter_weights)
-        super().set_adapters(adapter_names, weights)  # type: ignore[misc]
-
-    def _lora_components(self, components: list[str] | None) -> list[str]:
-        """All that can have a LoRA, or the named ones with the stock encoders beside them."""
-        names = list(self._lora_loadable_modules if components is None else components)
-        beside = [name for name in self._lora_loadable_modules if name.removeprefix(_STOCK) in names]
-        return [*names, *(name for name in beside if name not in names)]
-
-    def load_textual_inversion(
-        self,
-        pretrained_model_name_or_path: Any,
-        token: str | list[str] | None = None,
-        tokenizer: CLIPTokenizer | None = None,
-        text_encoder: TextEncoder | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Loads an embedding into a long encoder as diffusers does, and into the stock one that stands beside it."""
-        for each, other in _and_stock(self, text_encoder or self.text_encoder):
-            super().load_textual_inversion(  # type: ignore[misc]
-                pretrained_model_name_or_path, token, other or tokenizer, each, **kwargs
-            )
-
-    def unload_textual_inversion(
-        self,
-        tokens: str | list[str] | None = None,
-        tokenizer: CLIPTokenizer | None = None,
-        text_encoder: TextEncoder | None = None,
-    ) -> None:
-        """Takes embeddings out of a long encoder as diffusers does, and of the stock one that stands beside it."""
-        for each, other in _and_stock(self, text_encoder or self.text_encoder):
-            super().unload_textual_inversion(tokens, other or tokenizer, each)  # type: ignore[misc]
-            each.config.vocab_size = each.get_input_embeddings().num_embeddings
-
-    def describe_prompt(
-        self,
-        prompt: str | list[str],
-        long_prompt: LongPrompt | None = None,
-        weighting: Weighting | None = None,
-        blend: float | None = None,
-    ) -> PromptReport | list[PromptReport]:
-        """Says what the pipeline would read of a prompt, and what it would drop.
-
-        Args:
-            prompt: A prompt, or those of one call.
-            long_prompt: A strategy, or None for the pipeline's.
-            weighting: A syntax of weights, or None for the pipeline's.
-            blend: A share of the long encoder, or None for the pipeline's.
-
-        Returns:
-            The report, or one for each prompt of a list.
-
-        Raises:
-            ValueError: If an argument is none of its choices, or a strategy needs a stock encoder that the pipeline
-                does not have.
-        """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        with self._reading_with(long_prompt, weighting, blend):
-            how, sides = self._sides(prompts)
-            readers = [reader for _, side in sides for reader in side]
-            reports = [
-                PromptReport(text, how, tuple(r for reader in readers for _, r in self._read(reader, text)))
-                for text in prompts
-            ]
-        return reports[0] if isinstance(prompt, str) else reports
-
-    def encode(
-        self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        *,
-        long_prompt: LongPrompt | None = None,
-        weighting: Weighting | None = None,
-        blend: float | None = None,
-        **kwargs: Any,
-    ) -> PromptEmbeds:
-        """Encodes prompts once, to draw from them as often as wanted: `pipe(**pipe.encode(prompt), generator=...)`.
-
-        Args:
-            prompt: One prompt or several.
-            negative_prompt: One for all, or one for each; None as in a call without.
-            long_prompt: How prompts are read, or None for the pipeline's setting.
-            weighting: The syntax of weights, or None for the pipeline's setting.
-            blend: Share of the long encoder, or None for the pipeline's setting.
-            **kwargs: For `encode_prompt`, such as `prompt_2` and `clip_skip`.
-
-        Returns:
-            States and, for SDXL, pooled outputs; `save` writes them to a file.
-
-        Raises:
-            ValueError: Whatever `encode_prompt` raises.
-        """
-        with self._reading_with(long_prompt, weighting, blend), torch.no_grad():
-            encoded = self.encode_prompt(  # type: ignore[attr-defined]
-                prompt,
-                device=self._execution_device,  # type: ignore[attr-defined]
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=True,
-                negative_prompt=negative_prompt,
-                **kwargs,
-            )
-            texts = {"prompt": prompt, "negative_prompt": negative_prompt, **kwargs}
-            settings = {"long_prompt": self.long_prompt, "weighting": self.weighting, "blend": self.blend}
-        self.maybe_free_model_hooks()  # type: ignore[attr-defined]
-        states, pooled = encoded[:2], encoded[2:] or (None, None)
-        return PromptEmbeds(*states, *pooled, {"encoded": json.dumps(texts | settings, default=str)})  # type: ignore[call-arg]
-
-    def _decide(self, prompts: list[str]) -> LongPrompt:
-        """Turns `"auto"` into one strategy for all prompts of a call: guidance compares states of one encoder."""
-        if self.long_prompt != "auto":
-            return self.long_prompt
-        return "truncate" if self._fit(self._readers("truncate"), prompts) else "stretch"
-
-    def _fit(self, readers: list[_Reader], prompts: list[str]) -> bool:
-        """Whether the readers drop nothing."""
-        return not any(r.dropped for reader in readers for text in prompts for _, r in self._read(reader, text))
-
-    def _sides(self, prompts: list[str]) -> tuple[LongPrompt, list[tuple[float, list[_Reader]]]]:
-        """The strategy of a call, and its readers with the share that their states have in what the UNet reads.
-
-        Under a blend the stock encoder stands beside the long one, position by position: in its own window where the
-        whole call fits it, and the states of the long encoder end there, too; else in windows that are joined to the
-        length of the long ones.
-        """
-        how = self._decide(prompts)
-        readers = self._readers(how)
-        if how != "stretch" or self.blend == 1:
-            return how, [(1.0, readers)]
-        stock = [self._reader(_STOCK, place, "truncate", f"blend={self.blend}") for place in self._places]
-        if not self._fit(stock, prompts):
-            span_length = readers[0].tokenizer.model_max_length
-            stock = [replace(reader, cut="packed", span_length=span_length) for reader in stock]
-        sides = [(self.blend, readers), (1 - self.blend, stock)]
-        return how, [side for side in sides if side[0] > 0]
-
-    def _readers(self, how: LongPrompt) -> list[_Reader]:
-        """The encoders that a strategy reads with, in the order of their channels."""
-        prefix = "" if how == "stretch" else _STOCK
-        return [self._reader(prefix, place, how) for place in self._places]
-
-    def _reader(self, prefix: str, place: str, how: str, asked: str = "") -> _Reader:
-        name = f"{prefix}text_encoder{place}"
-        text_encoder, tokenizer = getattr(self, name), getattr(self, f"{prefix}tokenizer{place}")
-        if text_encoder is None or tokenizer is None:
-            raise ValueError(
-                f"{asked or f'long_prompt={how!r}'} reads with {name}, which this pipeline does not have: load it "
-                f"from a base with a {STOCK_POSITIONS}-token text encoder, or pass {name}= and "
-                f"{prefix}tokenizer{place}=."
-            )
-        return _Reader(name, text_encoder, tokenizer, _CUTS[how])
-
-    def _read(self, reader: _Reader, prompt: str) -> _Mixed:
-        """Reads one prompt: textual inversions written out, as diffusers does, then weights, then windows."""
-        added = reader.tokenizer.added_tokens_encoder
-        if any(f"{token}_1" in added for token in added):
-            prompt = self.maybe_convert_prompt(prompt, reader.tokenizer)  # type: ignore[attr-defined]
-        return [(factor, reader.read(text)) for factor, text in parse_weights(prompt, self.weighting)]
-
-    def _encode(
-        self,
-        prompts: list[list[str]] | None,
-        negative_prompts: list[list[str]] | None,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        *,
-        device: torch.device,
-        lora_scale: float | None,
-        layers: tuple[int, int],
-        norm: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Encodes the prompts of one call and brings everything to one length.
-
-        Args:
-            prompts: One list of B texts for each place, or None where `prompt_embeds` are ready.
-            negative_prompts: The same for the negative side, or None where nothing is to be encoded.
-            prompt_embeds: (B, T, D) or None.
-            negative_prompt_embeds: (B, T, D) or None.
-            device: Where the encoders run.
-            lora_scale: Weight of LoRA layers in the encoders.
-            layers: Indices into the hidden states, for the prompts and for the negative ones.
-            norm: Whether the final LayerNorm follows.
-
-        Returns:
-            prompt_embeds, negative_prompt_embeds, pooled and negative pooled; the pooled ones only where text was
-            encoded and the last encoder pools.
-        """
-        asked = (prompts, negative_prompts)
-        _, sides = self._sides([text for texts in asked for part in texts or [] for text in part])
-
-        def read(readers: list[_Reader], texts: list[list[str]]) -> list[list[_Mixed]]:
-            return [[self._read(reader, text) for text in part] for reader, part in zip(readers, texts, strict=True)]
-
-        def embed(readings: list[list[list[_Mixed]]], length: int, layer: int) -> tuple[Tensor, Tensor | None]:
-            how = {"device": device, "layer": layer, "norm": norm}
-            found = [
-                (share, _embed(readers, own, length, **how))
-                for (share, readers), own in zip(sides, readings, strict=True)
-            ]
-            pooled = [(share, vectors) for share, (_, vectors) in found if vectors is not None]
-            return _add([(share, states) for share, (states, _) in found]), _add(pooled) if pooled else None
-
-        readings = [[read(readers, texts) for _, readers in sides] if texts else None for texts in asked]
-        _warn(mixed for own in readings for side in own or [] for part in side for mixed in part)
-        ready = [prompt_embeds, negative_prompt_embeds]
-        lengths = [r.length for own in readings if own for part in own[-1] for mixed in part for _, r in mixed]
-        length = max(lengths + [states.shape[1] for states in ready if states is not None])
-        pooled: list[Tensor | None] = [None, None]
-        with _lora_scaled([reader.text_encoder for _, readers in sides for reader in readers], lora_scale):
-            for i, layer in enumerate(layers):
-                if (own := readings[i]) is not None:
-                    ready[i], pooled[i] = embed(own, length, layer)
-                if (states := ready[i]) is not None and (missing := length - states.shape[1]):
-                    empty = [read(readers, [[""]] * len(readers)) for _, readers in sides]
-                    tail = embed(empty, missing, layer)[0].to(states)
-                    ready[i] = torch.cat([states, tail.expand(len(states), -1, -1)], dim=1)
-        return ready[0], ready[1], pooled[0], pooled[1]
-
-    @contextmanager
-    def _reading_with(
-        self, long_prompt: LongPrompt | None, weighting: Weighting | None, blend: float | None
-    ) -> Iterator[None]:
-        """Other settings for one call."""
-        if blend is not None and blend < 1 and (how := long_prompt or self.long_prompt) not in ("stretch", "auto"):
-            raise ValueError(
-                f"blend={blend} mixes into what the long encoder reads, but long_prompt={how!r} reads with the stock "
-                "encoder alone: leave one of the two out."
-            )
-        usual = {"long_prompt": self.long_prompt, "weighting": self.weighting, "blend": self.blend}
-        own = {"long_prompt": long_prompt, "weighting": weighting, "blend": blend}
-        try:
-            for name, value in own.items():
-                if value is not None:
-                    setattr(self, name, value)
-            yield
-        finally:
-            for name, value in usual.items():
-                setattr(self, name, value)
 
 
 class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
@@ -572,7 +236,7 @@ class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
             ValueError: For what diffusers refuses, an argument that is none of its choices, or a strategy whose
                 encoder is missing.
         """
-        with self._reading_with(long_prompt, weighting, blend):
+        with self.reading_with(long_prompt, weighting, blend):
             return super().__call__(prompt, *args, **kwargs)
 
     def encode_prompt(
@@ -621,7 +285,7 @@ class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             negatives = _texts(negative_prompt or "", _size(prompts, prompt_embeds))
         if prompts is not None or negatives is not None:
-            with self._reading_with(long_prompt, weighting, blend):
+            with self.reading_with(long_prompt, weighting, blend):
                 prompt_embeds, negative_prompt_embeds, _, _ = self._encode(
                     None if prompts is None else [prompts],
                     None if negatives is None else [negatives],
@@ -751,8 +415,8 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
         )
         check_widths([text_encoder, text_encoder_2], unet)
         self.long_prompt, self.weighting, self.blend = long_prompt, weighting, blend
-        self.second_encoder = _one_of("second_encoder", second_encoder, SECOND_ENCODERS)
-        self.hidden_state = _one_of("hidden_state", hidden_state, HIDDEN_STATES)
+        self.second_encoder = one_of("second_encoder", second_encoder, SECOND_ENCODERS)
+        self.hidden_state = one_of("hidden_state", hidden_state, HIDDEN_STATES)
 
     @torch.no_grad()
     def __call__(
@@ -782,7 +446,7 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
             ValueError: For what diffusers refuses, an argument that is none of its choices, or a strategy whose
                 encoder is missing.
         """
-        with self._reading_with(long_prompt, weighting, blend):
+        with self.reading_with(long_prompt, weighting, blend):
             return super().__call__(prompt, *args, **kwargs)
 
     def encode_prompt(
@@ -844,7 +508,7 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
         if prompts is not None or negatives is not None:
             norm = self.hidden_state == "last_norm"
             layer = -1 if norm else -2
-            with self._reading_with(long_prompt, weighting, blend):
+            with self.reading_with(long_prompt, weighting, blend):
                 prompt_embeds, negative_prompt_embeds, pooled, negative_pooled = self._encode(
                     prompts,
                     negatives,
@@ -870,11 +534,11 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
             lora_scale=lora_scale,
         )
 
-    def _readers(self, how: LongPrompt) -> list[_Reader]:
+    def _readers(self, how: LongPrompt) -> list[Reader]:
         readers = super()._readers(how)
         if how == "stretch" and self.second_encoder == "window":
             span_length = readers[0].tokenizer.model_max_length
-            readers[1] = replace(self._reader(_STOCK, "_2", "chunk"), cut="packed", span_length=span_length)
+            readers[1] = replace(self._reader(STOCK, "_2", "chunk"), cut="packed", span_length=span_length)
         return readers
 
 
@@ -887,68 +551,6 @@ def _adapted_unet(finelip: str | Path | None, kwargs: dict[str, Any]) -> dict[st
     device_map = kwargs.get("device_map")
     unet = UNet2DConditionModel.from_pretrained(finelip, subfolder="unet", torch_dtype=dtype, device_map=device_map)
     return {"unet": unet}
-
-
-def _and_stock(pipe: Any, text_encoder: TextEncoder) -> list[tuple[TextEncoder, CLIPTokenizer | None]]:
-    """An encoder without its tokenizer, and, if it is a pipeline's long one, the stock one beside it with its own."""
-    found: list[tuple[TextEncoder, CLIPTokenizer | None]] = [(text_encoder, None)]
-    for place in pipe._places if isinstance(pipe, _LongPromptMixin) else ():
-        stock = getattr(pipe, f"{_STOCK}text_encoder{place}")
-        if stock is not None and text_encoder is getattr(pipe, f"text_encoder{place}"):
-            found.append((stock, getattr(pipe, f"{_STOCK}tokenizer{place}")))
-    return found
-
-
-@contextmanager
-def _lora_scaled(text_encoders: list[TextEncoder], scale: float | None) -> Iterator[None]:
-    """Weighs the LoRA layers, if there are any, while text is encoded."""
-    if scale is None or not USE_PEFT_BACKEND:
-        yield
-        return
-    for text_encoder in text_encoders:
-        scale_lora_layers(text_encoder, scale)
-    try:
-        yield
-    finally:
-        for text_encoder in text_encoders:
-            unscale_lora_layers(text_encoder, scale)
-
-
-def _embed(
-    readers: list[_Reader], readings: list[list[_Mixed]], length: int, **how: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Encodes readings, one list for each reader, to (B, length, D) states and (B, E) pooled output, if any."""
-    states, pooled = [], None
-    for reader, prompts in zip(readers, readings, strict=True):
-        each = [reading for mixed in prompts for _, reading in mixed]
-        factors = [[factor for factor, _ in mixed] for mixed in prompts]
-        found, vectors = encode_readings(each, reader.text_encoder, reader.tokenizer, length, **how)
-        states.append(_mix(found, factors))
-        pooled = None if vectors is None else _mix(vectors, factors)
-    return torch.cat(states, dim=-1), pooled  # each (B, T, D_i) -> (B, T, D)
-
-
-def _mix(rows: Tensor, factors: list[list[float]]) -> Tensor:
-    """(R, ...) -> (B, ...): the rows of each prompt, added up with their factors."""
-    parts = rows.split([len(own) for own in factors])
-    return torch.stack([_add(list(zip(own, part, strict=True))) for own, part in zip(factors, parts, strict=True)])
-
-
-def _add(parts: list[tuple[float, Tensor]]) -> Tensor:
-    """The sum of tensors with their factors; one with factor 1 stays as it is."""
-    first = parts[0][1]
-    return first if len(parts) == 1 and parts[0][0] == 1 else sum(factor * tensor for factor, tensor in parts)  # type: ignore[return-value]
-
-
-def _warn(prompts: Iterable[_Mixed]) -> None:
-    """Says once, in words, what no encoder is going to see, and which brackets are text."""
-    readings = [reading for mixed in prompts for _, reading in mixed]
-    cut = {reading.dropped: reading for reading in readings if reading.dropped}
-    if cut:
-        parts = [f"{r.tokens - r.tokens_read} of {r.tokens} tokens dropped: {text!r}" for text, r in cut.items()]
-        logger.warning("long_prompt='truncate' reads the first window alone; %s", "; ".join(parts))
-    for weighted in {reading.prompt for reading in readings if reading.prompt.unmatched}:
-        logger.warning("brackets without a partner are text: %s in %r", weighted.unmatched, weighted.text)
 
 
 def _texts(prompt: str | list[str] | None, size: int | None = None) -> list[str]:
@@ -964,9 +566,3 @@ def _texts(prompt: str | list[str] | None, size: int | None = None) -> list[str]
 def _size(prompts: list[str] | None, prompt_embeds: Tensor | None) -> int:
     """Prompts of a call, which come as one or the other."""
     return len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
-
-
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}.")
-    return value

@@ -26,6 +26,8 @@ LINES = {
         "prompts",
         "weighting",
         "encoding",
+        "readers",
+        "adapters",
         "pipeline",
         "attention",
     ],

@@ -300,7 +300,7 @@ def test_dropped_text_is_warned_about_once_and_in_words(pipe, text_of, caplog):
     prompt = text_of(75) + " and the rest, Unseen."
     with caplog.at_level(logging.WARNING):
         pipe([prompt, prompt], long_prompt="truncate", num_inference_steps=1)
-    assert [record.name for record in caplog.records] == ["finelip_diffusion.pipeline"]
+    assert [record.name for record in caplog.records] == ["finelip_diffusion.readers"]
     assert caplog.messages == [
         "long_prompt='truncate' reads the first window alone; 6 of 81 tokens dropped: 'and the rest, Unseen.'"
     ]
