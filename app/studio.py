@@ -230,7 +230,7 @@ class Studio:
         def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal previews, image
             if stop.is_set() or left.is_set():
-                raise Stopped
+                raise Stopped("Stopped.")
             now = time.perf_counter()
             if previews <= PREVIEW_SHARE * (now - began):
                 image = preview(pipe, tensors["latents"])
@@ -243,7 +243,7 @@ class Studio:
             try:
                 with self._drawing:
                     if stop.is_set() or left.is_set():
-                        raise Stopped
+                        raise Stopped("Stopped.")
                     began = time.perf_counter()
                     with record_attention(pipe) as maps:
                         drawn = pipe(
