@@ -85,15 +85,15 @@ class Actions:
         """Yields (stage, three pictures, verdict, kept, seed, which, sentences), step by step."""
         yield from _told(self._compare(request, keep_seed, values), others=8)
 
-    def to_drawn(self, request: gr.Request) -> gr.Tabs:
-        """Draw was clicked: from here on, while it waits as well, Stop ends it."""
+    def to_drawn(self, request: gr.Request) -> tuple[gr.Tabs, str]:
+        """Draw was clicked: (tabs, empty stage); from here on, while it waits as well, Stop ends it."""
         self._begin(request)
-        return gr.Tabs(selected="drawn")
+        return gr.Tabs(selected="drawn"), ""
 
-    def to_compared(self, request: gr.Request) -> gr.Tabs:
+    def to_compared(self, request: gr.Request) -> tuple[gr.Tabs, str]:
         """Compare was clicked."""
         self._begin(request)
-        return gr.Tabs(selected="compared")
+        return gr.Tabs(selected="compared"), ""
 
     def stop(self, request: gr.Request) -> str:
         """Ends what this window draws, after the step that is under way, and what it waits for."""

@@ -141,7 +141,7 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                 scale=6, min_width=320, elem_classes=["results", "small-pictures"] if scenes else ["results"]
             ):
                 nothing = panels.note("Nothing drawn yet: write a prompt, or take an example.")
-                stage = gr.HTML(nothing, elem_id="stage", min_height=32)
+                stage = gr.HTML(nothing, elem_id="stage")
                 with gr.Tabs(elem_id="tabs") as tabs:
                     with gr.Tab("Drawn", id="drawn"):
                         drawn = gr.Gallery(
@@ -159,7 +159,7 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                             ]  # fmt: skip
                         verdict = gr.HTML(elem_id="verdict")
                     with gr.Tab("Listen", id="listen"):
-                        gr.HTML("<p class='lead'>Click a sentence: the picture stays in colour where it was heard.</p>")
+                        gr.HTML("<p class='lead'>Click a sentence: the picture stays coloured where it was heard.</p>")
                         which = gr.Radio([], label="Picture", elem_id="which")
                         with gr.Row():
                             with gr.Column(min_width=260, elem_id="ear"):
@@ -204,10 +204,10 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
         listening = [which, sentences]
         gr.on([prompt.change, negative.change], trigger_mode="always_last", **measured)
         tries.click(lambda index: list(examples.values())[index], tries, prompt, queue=False, **page)
-        drawing = draw.click(actions.to_drawn, None, tabs, queue=False, js=TO_STAGE, **page).then(
+        drawing = draw.click(actions.to_drawn, None, [tabs, stage], queue=False, js=TO_STAGE, **page).then(
             actions.draw, [keep_seed, *values], [stage, drawn, kept, seed, *listening], **waiting
         )
-        comparing = compare.click(actions.to_compared, None, tabs, queue=False, js=TO_STAGE, **page).then(
+        comparing = compare.click(actions.to_compared, None, [tabs, stage], queue=False, js=TO_STAGE, **page).then(
             actions.compare, [keep_seed, *values], [stage, *compared, verdict, kept, seed, *listening], **waiting
         )
         # Those that wait leave the queue at once; the one that is drawn ends after the step under way.
