@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import panels
 from gradio.processing_utils import save_bytes_to_cache
 from keepsake import settings_of, to_png
-from studio import MAX_KEPT, Picture, Settings, Step, Stopped, Studio, Visit, checked_text, new_seed
+from studio import MAX_KEPT, Picture, Settings, Step, Stopped, Studio, Visit, as_record, checked_text, new_seed
 
 from finelip_diffusion.prompts import sentence_spans
 from finelip_diffusion.scenes import find_facts, read
@@ -53,23 +53,12 @@ class Actions:
 
     # ------------------------------------------------------------------------------------------------------ the page
 
-    def greet(self) -> Any:
-        """Loads the model when a page opens, and says whether that worked."""
-        try:
-            with readable():
-                _ = self.studio.pipe
-        except gr.Error as error:
-            return gr.HTML(panels.note(f"The model could not be loaded: {error.message}"), visible=True)
-        return gr.skip()
-
     def meter(self, prompt: str, negative_prompt: str) -> tuple[str, str, str]:
         """What is read of the prompts, while somebody types."""
         try:
             with readable():
-                prompt, negative_prompt = (
-                    checked_text(prompt, "prompt"),
-                    checked_text(negative_prompt, "negative prompt"),
-                )
+                prompt = checked_text(prompt, "prompt")
+                negative_prompt = checked_text(negative_prompt, "negative prompt")
                 stock = self.studio.describe(prompt, "truncate").readings[0]
                 long = self.studio.describe(prompt, "stretch").readings[0]
                 negative = self.studio.describe(negative_prompt, "stretch").readings[0]
@@ -115,22 +104,20 @@ class Actions:
             return panels.sentences(picture, number), shown, panels.note(words)
 
     def restore(self, file: bytes) -> tuple:
-        """A PNG was dropped: the settings that it was drawn with, and a line about them."""
+        """A PNG was dropped: (keep the seed, all of its settings, a line about them)."""
         try:
             with readable():
                 settings, model = settings_of(file)
         except gr.Error as error:
-            return *[gr.skip()] * 10, panels.note(error.message)
-        size = (None, None) if self.studio.scenes else (settings.width, settings.height)
+            return *[gr.skip()] * (1 + len(fields(Settings))), panels.note(error.message)
+        if self.studio.scenes:
+            settings = replace(settings, width=None, height=None)
         text = "Everything is as it was when this picture was drawn."
         if model != self.name:
             text = (
                 "Prompt and settings are back, but the picture was drawn with another model: it will look different."
             )
-        return (
-            True, settings.prompt, settings.negative_prompt, settings.steps, settings.guidance_scale, settings.seed,
-            settings.num_images, settings.long_prompt, *size, panels.note(text),
-        )  # fmt: skip
+        return True, *as_record(settings).values(), panels.note(text)
 
     def leave(self, request: gr.Request) -> None:
         """A window was closed."""
@@ -287,7 +274,7 @@ class Actions:
 
 def _settings(keep_seed: bool, values: tuple) -> Settings:
     """What the page's controls say, in the order of `Settings`."""
-    settings = Settings(*values)
+    settings = Settings(*values[:-2], *(size or None for size in values[-2:]))  # browsers send 0 for an empty number
     return settings if keep_seed else replace(settings, seed=new_seed())
 
 

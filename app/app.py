@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio asks for it when it is imported
-os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # of which it keeps figures, a table after each request
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # it makes a table of them after each
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
 import panels
 import tryouts
 from actions import Actions
-from studio import BOUNDS, MAX_IMAGES, Studio
+from studio import BOUNDS, Studio
 
 MAX_QUEUE = 40  # requests that wait at once
 MODEL = "model"  # the queue in which everybody waits for the pipeline
@@ -88,21 +88,20 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
     """
     load: Callable[[], Any] = pipeline if not hasattr(pipeline, "describe_prompt") else lambda: pipeline
     studio = Studio(load, scenes)
+    bounds: dict[str, Any] = {name: {"minimum": least, "maximum": most} for name, (least, most, _) in BOUNDS.items()}
     # Files of pictures older than a day are deleted, looked after every hour.
     with gr.Blocks(title="Long prompts, seen", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         actions = Actions(studio, name, demo.GRADIO_CACHE)
-        with gr.Column():
-            gr.HTML(
-                "<h1>Long prompts, seen</h1><p class='lead'>Stable Diffusion reads 77 tokens of a prompt and drops "
-                f"the rest. FineLIP reads 248. Model: <code>{escape(name)}</code></p>"
-            )
-            banner = gr.HTML(visible=False)
+        gr.HTML(
+            "<h1>Long prompts, seen</h1><p class='lead'>Stable Diffusion reads 77 tokens of a prompt and drops "
+            f"the rest. FineLIP reads 248. Model: <code>{escape(name)}</code></p>"
+        )
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 prompt = gr.Textbox(
                     label="Prompt", lines=7, max_lines=18, elem_id="prompt", placeholder="What shall it show?"
                 )
-                meter = gr.HTML(elem_id="meter")
+                meter = gr.HTML(panels.note("The model is being loaded."), elem_id="meter")
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
                     compare = gr.Button("Compare", elem_id="compare", min_width=80)
@@ -122,13 +121,14 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                         label="How the prompt is read", elem_id="strategy",
                     )  # fmt: skip
                     with gr.Row():
-                        steps = gr.Slider(1, BOUNDS["steps"][1], value=20, step=1, label="Steps", elem_id="steps")
+                        steps = gr.Slider(**bounds["steps"], value=20, step=1, label="Steps", elem_id="steps")
                         guidance = gr.Slider(
-                            0, 20, value=GUIDANCE_SCALES[scenes], step=0.5, label="Guidance", elem_id="guidance"
-                        )
+                            **bounds["guidance_scale"], value=GUIDANCE_SCALES[scenes], step=0.5, label="Guidance",
+                            elem_id="guidance",
+                        )  # fmt: skip
                     with gr.Row():
                         seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-                        number = gr.Slider(1, MAX_IMAGES, value=1, step=1, label="Pictures", elem_id="number")
+                        number = gr.Slider(**bounds["num_images"], value=1, step=1, label="Pictures", elem_id="number")
                     keep_seed = gr.Checkbox(True, label="Keep this seed", elem_id="keep-seed")
                     with gr.Row(visible=not scenes):
                         width = gr.Number(
@@ -191,7 +191,7 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
         gr.api(actions.api_listen, api_name="listen", queue=False)
 
         page: dict[str, Any] = {"api_visibility": "private"}
-        # In the order of `Settings`.
+        # All of `Settings`, in its order.
         values = [prompt, negative, steps, guidance, seed, number, strategy, width, height]
         measured = {
             "fn": actions.meter, "inputs": [prompt, negative], "outputs": [meter, reading, negative_meter],
@@ -215,7 +215,7 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
         which.input(actions.choose, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
         sentences.select(actions.hear, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
         file.upload(actions.restore, file, [keep_seed, *values, restored], queue=False, show_progress="hidden", **page)
-        demo.load(actions.greet, None, banner, show_progress="hidden", **page).then(**measured)
+        demo.load(**measured)
         demo.unload(actions.leave)
     return demo.queue(max_size=max_queue, api_open=False)
 

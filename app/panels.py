@@ -129,7 +129,7 @@ def verdict(caption: Caption, shown: dict[str, Scene], tokenizer) -> str:
                 cells.append('<td class="yes">✓ found</td>')
             else:
                 seen = f"{drawn.size} {drawn.colour} {drawn.shape}" if drawn else "nothing"
-                cells.append(f'<td class="no">✗ {seen}</td>')
+                cells.append(f'<td class="no">✗&nbsp;{seen}</td>')
         side = '<span class="behind">behind token 77</span>' if behind else ""
         body.append(f'<tr><th scope="row">{words} {side}</th>{"".join(cells)}</tr>')
     return (

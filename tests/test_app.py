@@ -346,7 +346,7 @@ def test_the_verdict_counts_what_the_reader_finds(pipe):
     html = panels.verdict(caption, {"truncate": poor, "chunk": scene, "stretch": perfect}, pipe.tokenizer)
     assert "truncate<br>3 of 8" in html
     assert "chunk<br>8 of 8" in html
-    assert html.count("✗ nothing") == 5
+    assert html.count("✗&nbsp;nothing") == 5
     assert "No verdict" in panels.verdict(find_facts("A cat on a sofa."), {"truncate": poor}, pipe.tokenizer)
 
 
