@@ -103,7 +103,7 @@ def faint_texts(page: Page) -> list[str]:
             while (walker.nextNode()) {
                 const element = walker.currentNode.parentElement, text = walker.currentNode.data.trim();
                 const box = element.getBoundingClientRect(), style = getComputedStyle(element);
-                if (!text || !box.width || style.visibility !== 'visible' || element.closest('script, style, footer')
+                if (!text || !box.width || style.visibility !== 'visible' || element.closest('script, style')
                     || element.closest(':disabled')) continue;
                 const grounds = [];
                 let opacity = 1;
