@@ -204,14 +204,14 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
         listening = [which, sentences]
         gr.on([prompt.change, negative.change], trigger_mode="always_last", **measured)
         tries.click(lambda index: list(examples.values())[index], tries, prompt, queue=False, **page)
-        drawing = draw.click(actions.to_drawn, None, [tabs, stage], queue=False, js=TO_STAGE, **page).then(
+        draw.click(actions.to_drawn, None, [tabs, stage], queue=False, js=TO_STAGE, **page).then(
             actions.draw, [keep_seed, *values], [stage, drawn, kept, seed, *listening], **waiting
         )
-        comparing = compare.click(actions.to_compared, None, [tabs, stage], queue=False, js=TO_STAGE, **page).then(
+        compare.click(actions.to_compared, None, [tabs, stage], queue=False, js=TO_STAGE, **page).then(
             actions.compare, [keep_seed, *values], [stage, *compared, verdict, kept, seed, *listening], **waiting
         )
-        # Those that wait leave the queue at once; the one that is drawn ends after the step under way.
-        stop.click(actions.stop, None, stage, queue=False, cancels=[drawing, comparing], **page)
+        # Without gradio's `cancels`: a step that comes after it would stay on the stage for good.
+        stop.click(actions.stop, None, stage, queue=False, **page)
         which.input(actions.choose, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
         sentences.select(actions.hear, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
         file.upload(actions.restore, file, [keep_seed, *values, restored], queue=False, show_progress="hidden", **page)
