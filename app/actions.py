@@ -84,10 +84,9 @@ class Actions:
         self._begin(request)
         return gr.Tabs(selected="compared"), ""
 
-    def stop(self, request: gr.Request) -> str:
+    def stop(self, request: gr.Request) -> None:
         """Ends what this window draws, after the step that is under way, and what it waits for."""
         self.studio.visit(request.session_hash).stop.set()
-        return panels.note("Stopped.")
 
     def choose(self, which: str, request: gr.Request) -> tuple[str, None, str]:
         """Another picture to listen to: its (sentences, no overlay, no words)."""

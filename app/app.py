@@ -211,7 +211,7 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
             actions.compare, [keep_seed, *values], [stage, *compared, verdict, kept, seed, *listening], **waiting
         )
         # Without gradio's `cancels`: a step that comes after it would stay on the stage for good.
-        stop.click(actions.stop, None, stage, queue=False, **page)
+        stop.click(actions.stop, queue=False, **page)
         which.input(actions.choose, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
         sentences.select(actions.hear, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
         file.upload(actions.restore, file, [keep_seed, *values, restored], queue=False, show_progress="hidden", **page)
