@@ -4,15 +4,16 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 import panels
 from gradio.processing_utils import save_bytes_to_cache
 from keepsake import settings_of, to_png
-from studio import MAX_KEPT, Picture, Settings, Step, Stopped, Studio, Visit, checked_text, new_seed
+from studio import MAX_KEPT, Picture, Settings, Step, Stopped, Studio, Visit, as_record, checked_text, new_seed
 
 from finelip_diffusion.prompts import sentence_spans
 from finelip_diffusion.scenes import find_facts, read
@@ -27,7 +28,7 @@ def readable() -> Iterator[None]:
         yield
     except gr.Error:
         raise
-    except (ValueError, OSError, ImportError) as error:
+    except (Stopped, ValueError, OSError, ImportError) as error:
         raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
     except MemoryError as error:
         raise gr.Error("There is not enough memory for this: draw fewer or smaller pictures.") from error
@@ -52,23 +53,12 @@ class Actions:
 
     # ------------------------------------------------------------------------------------------------------ the page
 
-    def greet(self) -> Any:
-        """Loads the model when a page opens, and says whether that worked."""
-        try:
-            with readable():
-                _ = self.studio.pipe
-        except gr.Error as error:
-            return gr.HTML(panels.note(f"The model could not be loaded: {error.message}"), visible=True)
-        return gr.skip()
-
     def meter(self, prompt: str, negative_prompt: str) -> tuple[str, str, str]:
         """What is read of the prompts, while somebody types."""
         try:
             with readable():
-                prompt, negative_prompt = (
-                    checked_text(prompt, "prompt"),
-                    checked_text(negative_prompt, "negative prompt"),
-                )
+                prompt = checked_text(prompt, "prompt")
+                negative_prompt = checked_text(negative_prompt, "negative prompt")
                 stock = self.studio.describe(prompt, "truncate").readings[0]
                 long = self.studio.describe(prompt, "stretch").readings[0]
                 negative = self.studio.describe(negative_prompt, "stretch").readings[0]
@@ -76,90 +66,23 @@ class Actions:
             return panels.note(error.message), "", ""
         return panels.meter(stock, long), panels.reading(prompt, stock, long), panels.negative_meter(negative)
 
-    def draw(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        steps: float,
-        guidance_scale: float,
-        seed: float,
-        keep_seed: bool,
-        num_images: float,
-        long_prompt: str,
-        width: float | None,
-        height: float | None,
-        request: gr.Request,
-    ) -> Iterator[tuple]:
+    def draw(self, request: gr.Request, keep_seed: bool, *values: Any) -> Iterator[tuple]:
         """Yields (stage, pictures, kept, seed, which, sentences), step by step."""
-        with readable():
-            settings = Settings(
-                prompt, negative_prompt, steps, guidance_scale, seed if keep_seed else new_seed(),
-                num_images, long_prompt, width or None, height or None,
-            )  # fmt: skip
-            visit = self.studio.visit(request.session_hash)
-            pictures: dict[str, Picture] = {}
-            try:
-                for event in self.studio.draw(settings, visit.stop):
-                    if isinstance(event, Step):
-                        title = f"Picture {len(pictures) + 1} of {settings.num_images}"
-                        yield panels.stage(event, title), *[gr.skip()] * 5
-                    else:
-                        pictures[f"seed {event.settings.seed}"] = event
-            except Stopped:
-                yield panels.note("Stopped."), *[gr.skip()] * 5
-                return
-            drawn = self._keep(visit, pictures)
-            seconds = sum(picture.seconds for picture in pictures.values())
-            which, sentences = self._to_listen(pictures)
-            shown = gr.Gallery(drawn, selected_index=0)
-            yield panels.note(f"Drawn in {seconds:.1f} s."), shown, visit.kept, settings.seed, which, sentences
+        yield from _told(self._draw(request, keep_seed, values), others=5)
 
-    def compare(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        steps: float,
-        guidance_scale: float,
-        seed: float,
-        keep_seed: bool,
-        width: float | None,
-        height: float | None,
-        request: gr.Request,
-    ) -> Iterator[tuple]:
+    def compare(self, request: gr.Request, keep_seed: bool, *values: Any) -> Iterator[tuple]:
         """Yields (stage, three pictures, verdict, kept, seed, which, sentences), step by step."""
-        with readable():
-            settings = Settings(
-                prompt, negative_prompt, steps, guidance_scale, seed if keep_seed else new_seed(),
-                width=width or None, height=height or None,
-            )  # fmt: skip
-            visit, pictures = self.studio.visit(request.session_hash), {}
-            files: list[Any] = [None] * 3
-            try:
-                for place, (long_prompt, label) in enumerate(panels.COMPARED.items()):
-                    for event in self.studio.draw(replace(settings, long_prompt=long_prompt), visit.stop):
-                        if isinstance(event, Step):
-                            yield panels.stage(event, f"{label}, {place + 1} of 3"), *files, *[gr.skip()] * 5
-                        else:
-                            pictures[label] = event
-                            files[place] = self._file(event)
-            except Stopped:
-                yield panels.note("Stopped."), *files, *[gr.skip()] * 5
-                return
-            self._keep(visit, pictures)
-            seconds = sum(picture.seconds for picture in pictures.values())
-            note = panels.note(f"Three pictures from the same noise, seed {settings.seed}, in {seconds:.1f} s.")
-            which, sentences = self._to_listen(pictures, list(pictures)[-1])
-            yield note, *files, self._verdict(settings.prompt, pictures), visit.kept, settings.seed, which, sentences
+        yield from _told(self._compare(request, keep_seed, values), others=8)
 
-    def to_drawn(self, request: gr.Request) -> gr.Tabs:
-        """Draw was clicked: from here on, while it waits as well, Stop ends it."""
+    def to_drawn(self, request: gr.Request) -> tuple[gr.Tabs, str]:
+        """Draw was clicked: (tabs, empty stage); from here on, while it waits as well, Stop ends it."""
         self._begin(request)
-        return gr.Tabs(selected="drawn")
+        return gr.Tabs(selected="drawn"), ""
 
-    def to_compared(self, request: gr.Request) -> gr.Tabs:
+    def to_compared(self, request: gr.Request) -> tuple[gr.Tabs, str]:
         """Compare was clicked."""
         self._begin(request)
-        return gr.Tabs(selected="compared")
+        return gr.Tabs(selected="compared"), ""
 
     def stop(self, request: gr.Request) -> None:
         """Ends what this window draws, after the step that is under way, and what it waits for."""
@@ -174,26 +97,26 @@ class Actions:
         """A sentence was clicked: (sentences, overlay, words)."""
         with readable():
             picture, number = self._picture(request, which), event._data.get("sentence")
-            overlay, words = self._listen(picture, number)
-            return panels.sentences(picture, number), overlay, words
+            heat, sentence = self._heat(picture, number)
+            words = panels.heard(heat, sentence)
+            shown = gr.Image(panels.overlay(picture.image, heat), alt_text=words)
+            return panels.sentences(picture, number), shown, panels.note(words)
 
     def restore(self, file: bytes) -> tuple:
-        """A PNG was dropped: the settings that it was drawn with, and a line about them."""
+        """A PNG was dropped: (keep the seed, all of its settings, a line about them)."""
         try:
             with readable():
                 settings, model = settings_of(file)
         except gr.Error as error:
-            return *[gr.skip()] * 10, panels.note(error.message)
-        size = (None, None) if self.studio.scenes else (settings.width, settings.height)
+            return *[gr.skip()] * (1 + len(fields(Settings))), panels.note(error.message)
+        if self.studio.scenes:
+            settings = replace(settings, width=None, height=None)
         text = "Everything is as it was when this picture was drawn."
         if model != self.name:
             text = (
                 "Prompt and settings are back, but the picture was drawn with another model: it will look different."
             )
-        return (
-            settings.prompt, settings.negative_prompt, settings.steps, settings.guidance_scale, settings.seed, True,
-            settings.num_images, settings.long_prompt, *size, panels.note(text),
-        )  # fmt: skip
+        return True, *as_record(settings).values(), panels.note(text)
 
     def leave(self, request: gr.Request) -> None:
         """A window was closed."""
@@ -261,14 +184,41 @@ class Actions:
             drawn = list(self.studio.visit(request.session_hash).pictures.values())
             if not 0 <= picture < len(drawn):
                 raise ValueError(f"There is no picture {picture}: this client's last drawing has {len(drawn)}.")
-            heat = self._heat(drawn[picture], sentence)
-            start, stop = sentence_spans(drawn[picture].settings.prompt)[sentence]
-            return {
-                "sentence": drawn[picture].settings.prompt[start:stop].strip(),
-                "attention": heat.round(6).tolist(),
-            }
+            heat, text = self._heat(drawn[picture], sentence)
+            return {"sentence": text, "attention": heat.round(6).tolist()}
 
     # ------------------------------------------------------------------------------------------------- what they share
+
+    def _draw(self, request: gr.Request, keep_seed: bool, values: tuple) -> Iterator[tuple]:
+        settings, visit = _settings(keep_seed, values), self.studio.visit(request.session_hash)
+        pictures: dict[str, Picture] = {}
+        for event in self.studio.draw(settings, visit.stop):
+            if isinstance(event, Step):
+                title = f"Picture {len(pictures) + 1} of {settings.num_images}"
+                yield panels.stage(event, title), *[gr.skip()] * 5
+            else:
+                pictures[f"seed {event.settings.seed}"] = event
+        shown = gr.Gallery(self._keep(visit, pictures), selected_index=0)
+        seconds = sum(picture.seconds for picture in pictures.values())
+        which, sentences = self._to_listen(pictures)
+        yield panels.note(f"Drawn in {seconds:.1f} s."), shown, visit.kept, settings.seed, which, sentences
+
+    def _compare(self, request: gr.Request, keep_seed: bool, values: tuple) -> Iterator[tuple]:
+        settings, visit = _settings(keep_seed, values), self.studio.visit(request.session_hash)
+        settings, pictures = replace(settings, num_images=1), {}
+        files: list[Any] = [None] * len(panels.COMPARED)
+        for place, (long_prompt, label) in enumerate(panels.COMPARED.items()):
+            for event in self.studio.draw(replace(settings, long_prompt=long_prompt), visit.stop):
+                if isinstance(event, Step):
+                    yield panels.stage(event, f"{label}, {place + 1} of 3"), *files, *[gr.skip()] * 5
+                else:
+                    pictures[label] = event
+                    files[place] = self._file(event)
+        self._keep(visit, pictures)
+        seconds = sum(picture.seconds for picture in pictures.values())
+        note = panels.note(f"Three pictures from the same noise, seed {settings.seed}, in {seconds:.1f} s.")
+        which, sentences = self._to_listen(pictures, label)
+        yield note, *files, self._verdict(settings.prompt, pictures), visit.kept, settings.seed, which, sentences
 
     def _begin(self, request: gr.Request) -> Visit:
         """A window, with a stop that nobody has used; it is shared by what the window draws and waits for."""
@@ -300,17 +250,14 @@ class Actions:
             raise ValueError("This picture is no longer in memory: draw it again.")
         return pictures[which]
 
-    def _heat(self, picture: Picture, number: Any):
-        spans = sentence_spans(picture.settings.prompt)
+    def _heat(self, picture: Picture, number: Any) -> tuple[np.ndarray, str]:
+        """Where a sentence was heard, and the sentence."""
+        prompt = picture.settings.prompt
+        spans = sentence_spans(prompt)
         if not isinstance(number, int) or not 0 <= number < len(spans):
             raise ValueError(f"There is no such sentence: the prompt has {len(spans)}, counted from 0.")
-        return picture.maps.of(picture.report, *spans[number])
-
-    def _listen(self, picture: Picture, number: Any) -> tuple[Any, str]:
-        """The overlay for a sentence, and what it says in words."""
-        heat = self._heat(picture, number)
-        start, stop = sentence_spans(picture.settings.prompt)[number]
-        return panels.overlay(picture.image, heat), panels.heard(heat, picture.settings.prompt[start:stop].strip())
+        start, stop = spans[number]
+        return picture.maps.of(picture.report, start, stop), prompt[start:stop].strip()
 
     def _to_listen(self, pictures: dict[str, Picture], which: str | None = None) -> tuple[Any, str]:
         which = which or next(iter(pictures))
@@ -322,6 +269,23 @@ class Actions:
         names = {label: name for name, label in panels.COMPARED.items()}
         shown = {names[label]: read(picture.image) for label, picture in pictures.items()}
         return panels.verdict(find_facts(prompt), shown, self.studio.pipe.tokenizer)
+
+
+def _settings(keep_seed: bool, values: tuple) -> Settings:
+    """What the page's controls say, in the order of `Settings`."""
+    settings = Settings(*values[:-2], *(size or None for size in values[-2:]))  # browsers send 0 for an empty number
+    return settings if keep_seed else replace(settings, seed=new_seed())
+
+
+def _told(events: Iterator[tuple], others: int) -> Iterator[tuple]:
+    """A drawing's events; where it ends early the last one says why, and an error is raised as well."""
+    try:
+        with readable():
+            yield from events
+    except gr.Error as error:
+        yield panels.note(error.message), *[gr.skip()] * others
+        if not isinstance(error.__cause__, Stopped):
+            raise
 
 
 def _file_data(path: str) -> dict:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio asks for it when it is imported
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # it makes a table of them after each
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
 import panels
 import tryouts
 from actions import Actions
-from studio import BOUNDS, MAX_IMAGES, Studio
+from studio import BOUNDS, Studio
 
 MAX_QUEUE = 40  # requests that wait at once
 MODEL = "model"  # the queue in which everybody waits for the pipeline
@@ -38,9 +39,13 @@ document.addEventListener('keydown', event => {
 });
 </script>
 """
-TO_STAGE = (
-    "() => { document.querySelector('#stage').scrollIntoView({ block: 'nearest', behavior: 'smooth' }); return []; }"
-)
+TO_STAGE = """
+() => {
+  const stage = document.querySelector('#stage'), { top } = stage.getBoundingClientRect();
+  if (top < 0 || top > innerHeight / 2) stage.scrollIntoView({ behavior: 'smooth' });
+  return [];
+}
+"""
 CLICKED_SENTENCE = """
 element.addEventListener('click', event => {
   const button = event.target.closest('[data-sentence]');
@@ -58,7 +63,9 @@ def look() -> dict[str, Any]:
         block_label_text_color="*neutral_700",
         block_info_text_color="*neutral_600",
         button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
         button_primary_text_color="white",
         color_accent="*primary_700",
         slider_color="*primary_700",
@@ -81,21 +88,20 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
     """
     load: Callable[[], Any] = pipeline if not hasattr(pipeline, "describe_prompt") else lambda: pipeline
     studio = Studio(load, scenes)
+    bounds: dict[str, Any] = {name: {"minimum": least, "maximum": most} for name, (least, most, _) in BOUNDS.items()}
     # Files of pictures older than a day are deleted, looked after every hour.
     with gr.Blocks(title="Long prompts, seen", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         actions = Actions(studio, name, demo.GRADIO_CACHE)
-        with gr.Column():
-            gr.HTML(
-                "<h1>Long prompts, seen</h1><p class='lead'>Stable Diffusion reads 77 tokens of a prompt and drops "
-                f"the rest. FineLIP reads 248. Model: <code>{escape(name)}</code></p>"
-            )
-            banner = gr.HTML(visible=False)
+        gr.HTML(
+            "<h1>Long prompts, seen</h1><p class='lead'>Stable Diffusion reads 77 tokens of a prompt and drops "
+            f"the rest. FineLIP reads 248. Model: <code>{escape(name)}</code></p>"
+        )
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 prompt = gr.Textbox(
                     label="Prompt", lines=7, max_lines=18, elem_id="prompt", placeholder="What shall it show?"
                 )
-                meter = gr.HTML(elem_id="meter")
+                meter = gr.HTML(panels.note("The model is being loaded."), elem_id="meter")
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
                     compare = gr.Button("Compare", elem_id="compare", min_width=80)
@@ -115,13 +121,14 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                         label="How the prompt is read", elem_id="strategy",
                     )  # fmt: skip
                     with gr.Row():
-                        steps = gr.Slider(1, BOUNDS["steps"][1], value=20, step=1, label="Steps", elem_id="steps")
+                        steps = gr.Slider(**bounds["steps"], value=20, step=1, label="Steps", elem_id="steps")
                         guidance = gr.Slider(
-                            0, 20, value=GUIDANCE_SCALES[scenes], step=0.5, label="Guidance", elem_id="guidance"
-                        )
+                            **bounds["guidance_scale"], value=GUIDANCE_SCALES[scenes], step=0.5, label="Guidance",
+                            elem_id="guidance",
+                        )  # fmt: skip
                     with gr.Row():
                         seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-                        number = gr.Slider(1, MAX_IMAGES, value=1, step=1, label="Pictures", elem_id="number")
+                        number = gr.Slider(**bounds["num_images"], value=1, step=1, label="Pictures", elem_id="number")
                     keep_seed = gr.Checkbox(True, label="Keep this seed", elem_id="keep-seed")
                     with gr.Row(visible=not scenes):
                         width = gr.Number(
@@ -133,7 +140,8 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
             with gr.Column(
                 scale=6, min_width=320, elem_classes=["results", "small-pictures"] if scenes else ["results"]
             ):
-                stage = gr.HTML(panels.note("Nothing is being drawn."), elem_id="stage", min_height=32)
+                nothing = panels.note("Nothing drawn yet: write a prompt, or take an example.")
+                stage = gr.HTML(nothing, elem_id="stage")
                 with gr.Tabs(elem_id="tabs") as tabs:
                     with gr.Tab("Drawn", id="drawn"):
                         drawn = gr.Gallery(
@@ -144,29 +152,27 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                         with gr.Row(elem_classes="labelled"):
                             compared = [
                                 gr.Image(
-                                    label=label, type="filepath", format="png", interactive=False, min_width=150,
-                                    elem_id=f"compared-{value}", buttons=BUTTONS,
+                                    label=label, type="filepath", format="png", interactive=False, min_width=90,
+                                    elem_id=f"compared-{value}", buttons=BUTTONS, alt_text=f"Drawn under {label}",
                                 )
                                 for value, label in panels.COMPARED.items()
                             ]  # fmt: skip
                         verdict = gr.HTML(elem_id="verdict")
                     with gr.Tab("Listen", id="listen"):
-                        gr.HTML(
-                            "<p class='lead'>Click a sentence: the picture keeps its colours where it was heard.</p>"
-                        )
+                        gr.HTML("<p class='lead'>Click a sentence: the picture stays coloured where it was heard.</p>")
                         which = gr.Radio([], label="Picture", elem_id="which")
-                        heat = gr.Image(
-                            label="Where the sentence was heard",
-                            interactive=False,
-                            elem_id="heat",
-                            height=470,
-                            buttons=BUTTONS,
-                            elem_classes="labelled",
-                        )
-                        heard = gr.HTML(elem_id="heard")
-                        sentences = gr.HTML(
-                            panels.note("Draw or compare first."), js_on_load=CLICKED_SENTENCE, elem_id="sentences"
-                        )
+                        with gr.Row():
+                            with gr.Column(min_width=260, elem_id="ear"):
+                                heat = gr.Image(
+                                    label="Where the sentence was heard", interactive=False, elem_id="heat",
+                                    buttons=BUTTONS, elem_classes="labelled",
+                                )  # fmt: skip
+                                heard = gr.HTML(elem_id="heard")
+                            with gr.Column(min_width=260):
+                                sentences = gr.HTML(
+                                    panels.note("Draw or compare first."), js_on_load=CLICKED_SENTENCE,
+                                    elem_id="sentences",
+                                )  # fmt: skip
                     with gr.Tab("Kept", id="kept"):
                         kept = gr.Gallery(
                             label="Pictures of this visit", format="png", columns=4, height="auto", elem_id="kept",
@@ -185,7 +191,8 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
         gr.api(actions.api_listen, api_name="listen", queue=False)
 
         page: dict[str, Any] = {"api_visibility": "private"}
-        values = [prompt, negative, steps, guidance, seed, keep_seed, number, strategy, width, height]
+        # All of `Settings`, in its order.
+        values = [prompt, negative, steps, guidance, seed, number, strategy, width, height]
         measured = {
             "fn": actions.meter, "inputs": [prompt, negative], "outputs": [meter, reading, negative_meter],
             "queue": False, "show_progress": "hidden", **page,
@@ -197,20 +204,18 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
         listening = [which, sentences]
         gr.on([prompt.change, negative.change], trigger_mode="always_last", **measured)
         tries.click(lambda index: list(examples.values())[index], tries, prompt, queue=False, **page)
-        draw.click(actions.to_drawn, None, tabs, queue=False, js=TO_STAGE, **page).then(
-            actions.draw, values, [stage, drawn, kept, seed, *listening], **waiting
+        draw.click(actions.to_drawn, None, [tabs, stage], queue=False, js=TO_STAGE, **page).then(
+            actions.draw, [keep_seed, *values], [stage, drawn, kept, seed, *listening], **waiting
         )
-        compare.click(actions.to_compared, None, tabs, queue=False, js=TO_STAGE, **page).then(
-            actions.compare,
-            [prompt, negative, steps, guidance, seed, keep_seed, width, height],
-            [stage, *compared, verdict, kept, seed, *listening],
-            **waiting,
+        compare.click(actions.to_compared, None, [tabs, stage], queue=False, js=TO_STAGE, **page).then(
+            actions.compare, [keep_seed, *values], [stage, *compared, verdict, kept, seed, *listening], **waiting
         )
+        # Without gradio's `cancels`: a step that comes after it would stay on the stage for good.
         stop.click(actions.stop, queue=False, **page)
         which.input(actions.choose, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
         sentences.select(actions.hear, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
-        file.upload(actions.restore, file, [*values, restored], queue=False, show_progress="hidden", **page)
-        demo.load(actions.greet, None, banner, show_progress="hidden", **page).then(**measured)
+        file.upload(actions.restore, file, [keep_seed, *values, restored], queue=False, show_progress="hidden", **page)
+        demo.load(**measured)
         demo.unload(actions.leave)
     return demo.queue(max_size=max_queue, api_open=False)
 

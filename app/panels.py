@@ -13,11 +13,11 @@ from finelip_diffusion.prompts import Reading, sentence_spans
 from finelip_diffusion.scenes import PLACES, Caption, Scene
 
 STRATEGIES = {  # long_prompt: what the page calls it
-    "stretch": "FineLIP: 248 tokens, then further windows",
+    "stretch": "FineLIP: windows of 248 tokens",
     "truncate": "truncate: the first 77 tokens",
     "chunk": "chunk: windows of 77 tokens",
-    "segment": "segment: a window for each sentence",
-    "auto": "auto: 77 tokens where they do, else FineLIP",
+    "segment": "segment: a window a sentence",
+    "auto": "auto: 77 tokens or FineLIP",
 }
 COMPARED = {"truncate": "truncate", "chunk": "chunk", "stretch": "FineLIP"}
 HEAT = np.array([255, 122, 0], dtype=np.float32)
@@ -129,7 +129,7 @@ def verdict(caption: Caption, shown: dict[str, Scene], tokenizer) -> str:
                 cells.append('<td class="yes">✓ found</td>')
             else:
                 seen = f"{drawn.size} {drawn.colour} {drawn.shape}" if drawn else "nothing"
-                cells.append(f'<td class="no">✗ {seen}</td>')
+                cells.append(f'<td class="no">✗&nbsp;{seen}</td>')
         side = '<span class="behind">behind token 77</span>' if behind else ""
         body.append(f'<tr><th scope="row">{words} {side}</th>{"".join(cells)}</tr>')
     return (
@@ -177,6 +177,7 @@ def overlay(image: Image.Image, heat: np.ndarray, side: int = 512) -> Image.Imag
     result = Image.fromarray(shown.clip(0, 255).astype(np.uint8))
     row, column = np.unravel_index(heat.argmax(), heat.shape)
     x, y, radius = (column + 0.5) / heat.shape[1] * size[0], (row + 0.5) / heat.shape[0] * size[1], max(size) / 30
+    x, y = (min(max(at, radius), length - radius) for at, length in zip((x, y), size, strict=True))  # all of the ring
     draw = ImageDraw.Draw(result)
     for width, colour in ((6, "black"), (3, "white")):
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], outline=colour, width=width)
@@ -186,7 +187,7 @@ def overlay(image: Image.Image, heat: np.ndarray, side: int = 512) -> Image.Imag
 def heard(heat: np.ndarray, sentence: str) -> str:
     """What a heat map says, in words."""
     row, column = (3 * np.array(np.unravel_index(heat.argmax(), heat.shape)) // heat.shape).tolist()
-    return note(
+    return (
         f"“{sentence}” Attention peaks {PLACES[3 * row + column][0]}: there it is "
         f"{heat.max() / heat.mean():.1f} times as high as over the whole picture."
     )

@@ -161,7 +161,7 @@ class Studio:
     """A pipeline, loaded when it is first needed, and those who draw with it one at a time.
 
     Args:
-        load: Gives the pipeline. What it raises is shown to whoever asked; the next one tries again.
+        load: Gives the pipeline.
         scenes: Whether the model draws scenes (`finelip_diffusion.scenes`), which have one size and a reader.
     """
 
@@ -173,10 +173,17 @@ class Studio:
 
     @property
     def pipe(self) -> Any:
-        """The pipeline."""
+        """The pipeline.
+
+        Raises:
+            ValueError: If it cannot be loaded; the next one who asks tries again.
+        """
         with self._loading:
             if self._pipe is None:
-                self._pipe = self.load()
+                try:
+                    self._pipe = self.load()
+                except (ValueError, OSError, ImportError) as error:
+                    raise ValueError(f"The model could not be loaded: {error}") from error
                 self._pipe.set_progress_bar_config(disable=True)
             return self._pipe
 
@@ -230,7 +237,7 @@ class Studio:
         def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal previews, image
             if stop.is_set() or left.is_set():
-                raise Stopped
+                raise Stopped("Stopped.")
             now = time.perf_counter()
             if previews <= PREVIEW_SHARE * (now - began):
                 image = preview(pipe, tensors["latents"])
@@ -243,7 +250,7 @@ class Studio:
             try:
                 with self._drawing:
                     if stop.is_set() or left.is_set():
-                        raise Stopped
+                        raise Stopped("Stopped.")
                     began = time.perf_counter()
                     with record_attention(pipe) as maps:
                         drawn = pipe(

@@ -1,39 +1,63 @@
 """The page as a person uses it: Debian's Chromium, driven by Playwright, at desktop and at phone width."""
 
+import json
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import studio
 import tryouts
-from playwright.sync_api import Browser, Page, expect
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 import app
-from finelip_diffusion import FineLIPStableDiffusionPipeline
+from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
 
 PATIENCE = 30_000  # milliseconds for what takes a second where nothing else runs
-VIEWPORTS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 375, "height": 812}}
+VIEWPORTS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
 expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
-def url():
-    demo = app.build_demo(FineLIPStableDiffusionPipeline.from_pretrained)
-    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.look())
+def pipe():
+    return FineLIPStableDiffusionPipeline.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def url(pipe):
+    demo = app.build_demo(pipe)
+    _, url, public = demo.launch(prevent_thread_lock=True, quiet=True, **app.look())
+    assert public is None  # no link for the whole world unless somebody asks for it
     yield url
     demo.close()
 
 
-def open_page(browser: Browser, url: str, width: str = "desktop") -> Page:
-    context = browser.new_context(viewport=VIEWPORTS[width], accept_downloads=True)
-    page = context.new_page()
-    page.set_default_timeout(PATIENCE)
-    page.hosts, page.troubles = set(), []
-    page.on("request", lambda request: page.hosts.add(re.sub(r"^\w+://|/.*$", "", request.url)))
-    page.on("pageerror", lambda error: page.troubles.append(str(error)))
-    page.goto(url)
-    expect(page.locator("#meter .bar").first).to_be_visible()  # the model is there and has read the empty prompt
-    return page
+@pytest.fixture(scope="module")
+def tabs(browser: Browser) -> Iterator[BrowserContext]:
+    """The browser of one person, who has the page's scripts already."""
+    context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
+    yield context
+    context.close()
+
+
+@contextmanager
+def opened(tabs: BrowserContext, url: str, width: str = "desktop", theme: str = "light") -> Iterator[Page]:
+    """A tab of its own; nothing it shows is fetched from, or told to, anybody but the page's own server."""
+    page, hosts, troubles = tabs.new_page(), set(), []
+    page.set_viewport_size(VIEWPORTS[width])
+    page.on("request", lambda request: hosts.add(re.sub(r"^\w+://|/.*$", "", request.url)))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto(f"{url}?__theme={theme}")
+    expect(page.locator("#prompt textarea")).to_be_visible()
+    yield page
+    page.close()
+    assert hosts == {re.sub(r"^\w+://|/.*$", "", url)}
+    assert not troubles
 
 
 def type_prompt(page: Page, text: str) -> None:
@@ -46,201 +70,284 @@ def set_number(page: Page, name: str, value: str) -> None:
     box.press("Tab")
 
 
-def toast(page: Page, words: str) -> None:
-    """The message appears, is one sentence or two, and the page goes on living once it is closed."""
-    message = page.locator(".toast-body", has_text=words)
-    expect(message.first).to_be_visible()
-    text = message.first.inner_text()
-    assert "Traceback" not in text and 'File "' not in text and len(text) < 400, text
-    message.first.locator(".toast-close").click()
-
-
-@pytest.mark.parametrize("width", list(VIEWPORTS))
-def test_type_read_draw_compare_listen_and_bring_back(browser, url, width, tmp_path):
-    page = open_page(browser, url, width)
-    prompt = tryouts.SCENES["7 shapes"]
-
-    # The meter and the coloured prompt, while typing.
-    page.locator("#prompt textarea").press_sequentially("A red star.")
-    expect(page.locator("#meter")).to_contain_text("6 of 77: reads all")
-    expect(page.locator("#reading .unread")).to_have_count(0)
+def begin(page: Page, prompt: str, steps: str) -> None:
+    """Draws, and waits until it is under way or done."""
     type_prompt(page, prompt)
-    expect(page.locator("#meter")).to_contain_text("of 77: never reads the last")
-    expect(page.locator("#meter")).to_contain_text("of 248: reads all")
-    unread = page.locator("#reading .unread").first
-    assert prompt.endswith(unread.inner_text())
-    assert "underline" in unread.evaluate("element => getComputedStyle(element).textDecoration")  # not by colour alone
-    expect(page.locator("#reading .cut")).to_have_text("the 77-token encoder stops here")
-    page.locator("#negative textarea").fill("blurry")
-    expect(page.locator("#negative-meter")).to_contain_text("5 of 248 tokens")
+    set_number(page, "steps", steps)
+    page.locator("#draw").click()
+    expect(page.locator("#stage")).to_contain_text(re.compile("step|Drawn in"))
 
-    # Draw, by the keyboard: a preview, then the picture.
-    set_number(page, "steps", "12")
-    page.locator("#prompt textarea").press("Control+Enter")
-    expect(page.locator("#stage img")).to_be_visible()
-    expect(page.locator("#stage")).to_contain_text("Drawn in")
-    expect(page.locator("#drawn img").first).to_be_visible()
 
-    # Compare: three pictures, labelled, and the reader's verdict on every object.
-    page.locator("#compare").click()
-    expect(page.locator("#verdict tbody tr")).to_have_count(7)
-    for name in ("truncate", "chunk", "FineLIP"):
-        expect(page.locator(".labelled").get_by_text(name, exact=True)).to_be_visible()
-    assert len({page.locator(f"#compared-{name} img").get_attribute("src") for name in ("truncate", "stretch")}) == 2
-    found = [int(text.split()[0]) for text in re.findall(r"\d of 7", page.locator("#verdict thead").inner_text())]
-    assert found[2] > found[0]  # the prompt was chosen for this
-
-    # Listen: a sentence of the picture that FineLIP drew, then one that `truncate` never read.
-    page.get_by_role("tab", name="Listen").click()
-    page.locator("#sentences button").nth(2).click()
-    expect(page.locator("#heat img")).to_be_visible()
-    expect(page.locator("#heard")).to_contain_text("Attention peaks")
-    expect(page.locator("#sentences button").nth(2)).to_have_attribute("aria-pressed", "true")
-    page.locator("#which").get_by_text("truncate").click()
-    expect(page.locator("#sentences button").last).to_be_disabled()
-    expect(page.locator("#sentences button").last).to_contain_text("never read")
-
-    # Keep: what was drawn first comes back from its PNG.
+def drop(page: Page, name: str, content: bytes, words: str) -> None:
+    """Drops a file on the page, and reads what it says of it."""
     page.get_by_role("tab", name="Kept").click()
-    expect(page.locator("#kept .thumbnail-item img")).to_have_count(4)
-    page.get_by_role("tab", name="Drawn").click()
-    with page.expect_download() as download:
-        page.locator("#drawn").get_by_label("Download").click()
-    file = tmp_path / "drawn.png"
-    download.value.save_as(file)
-    type_prompt(page, "something else")
-    set_number(page, "steps", "33")
-    page.get_by_role("tab", name="Kept").click()
-    page.locator("#file input[type=file]").set_input_files(file)
-    expect(page.locator("#restored")).to_contain_text("Everything is as it was")
-    expect(page.locator("#prompt textarea")).to_have_value(prompt)
-    expect(page.locator("#negative textarea")).to_have_value("blurry")
-    expect(page.locator("#steps input[type=number]")).to_have_value("12")
-
-    assert page.evaluate("document.documentElement.scrollWidth") <= VIEWPORTS[width]["width"]
-    assert page.hosts == {re.sub(r"^\w+://|/.*$", "", url)}  # nothing is fetched from, or told to, anybody else
-    assert not page.troubles
-    page.context.close()
+    page.locator("#file input[type=file]").set_input_files({"name": name, "mimeType": "image/png", "buffer": content})
+    expect(page.locator("#restored")).to_contain_text(words)
+    page.locator("#file").get_by_label("Clear").click()
 
 
-def test_every_error_is_a_sentence_and_the_page_goes_on(browser, url, tmp_path):
-    page = open_page(browser, url)
-    page.locator("#draw").click()
-    toast(page, "The prompt is empty")
-    type_prompt(page, "x" * 20_001)
-    expect(page.locator("#meter")).to_contain_text("The prompt has 20,001 characters")
-    page.locator("#compare").click()
-    toast(page, "shorten it to 20,000")
-    type_prompt(page, "A small red star in the very centre.")
-    for seed in ("-5", "99999999999"):
-        set_number(page, "seed", seed)
-        page.locator("#draw").click()
-        toast(page, f"Seed cannot be {seed}")
-    set_number(page, "seed", "1")
-    (tmp_path / "none.png").write_bytes(b"<html>")
-    page.get_by_role("tab", name="Kept").click()
-    page.locator("#file input[type=file]").set_input_files(tmp_path / "none.png")
-    expect(page.locator("#restored")).to_contain_text("This file is no PNG")
-    set_number(page, "steps", "2")
-    page.locator("#draw").click()
-    expect(page.locator("#stage")).to_contain_text("Drawn in")
-    page.context.close()
-
-
-def test_stop_stops_and_a_closed_tab_leaves_nothing_running(browser, url):
-    page = open_page(browser, url)
-    type_prompt(page, tryouts.SCENES["9 shapes"])
-    set_number(page, "steps", "150")
-    page.locator("#draw").click()
-    expect(page.locator("#stage")).to_contain_text("step")
-    page.locator("#stop").click()
-    expect(page.locator("#stage")).to_contain_text("Stopped.")
-    set_number(page, "number", "4")
-    page.locator("#draw").click()
-    expect(page.locator("#stage")).to_contain_text("step")
-    page.context.close()
-
-    # Another window is served at once: had the 600 steps gone on, it would wait for them.
-    other = open_page(browser, url)
-    type_prompt(other, "A small red star in the very centre.")
-    set_number(other, "steps", "1")
-    other.locator("#draw").click()
-    expect(other.locator("#stage")).to_contain_text("Drawn in")
-    other.context.close()
-
-
-def test_two_tabs_draw_their_own(browser, url):
-    pages = [open_page(browser, url) for _ in range(2)]
-    for number, page in enumerate(pages):
-        type_prompt(page, f"A small red star in the very centre. {number}")
-        set_number(page, "steps", "8")
-        page.locator("#draw").click()
-    for number, page in enumerate(pages):
-        expect(page.locator("#stage")).to_contain_text("Drawn in")
-        page.get_by_role("tab", name="Listen").click()
-        expect(page.locator("#sentences")).to_contain_text(str(number))
-        page.context.close()
-
-
-def test_every_control_has_a_name_and_the_keyboard_reaches_them_in_order(browser, url):
-    page = open_page(browser, url)
-    nameless = page.evaluate(
-        """() => [...document.querySelectorAll('input, textarea, select, button')]
-            .filter(element => element.offsetParent && element.type !== 'file')
-            .filter(element => !(element.labels?.length || element.getAttribute('aria-label') || element.title
-                || element.getAttribute('aria-labelledby') || element.innerText?.trim() || element.placeholder))
-            .map(element => element.outerHTML.slice(0, 200))"""
-    )
-    assert nameless == []
-    order = ["prompt", "draw", "compare", "stop", "examples", "negative", "strategy", "steps", "guidance", "seed"]
-    places = page.evaluate(
-        "names => names.map(name => document.getElementById(name)).map((element, index, all) => index === 0 ||"
-        " !!(all[index - 1].compareDocumentPosition(element) & Node.DOCUMENT_POSITION_FOLLOWING))",
-        order,
-    )
-    assert all(places), places
-    page.locator("#prompt textarea").focus()
-    reached = []
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        reached.append(page.evaluate("document.activeElement.closest('[id]')?.id"))
-    assert [name for name in reached if name in ("draw", "compare", "stop")][:3] == ["draw", "compare", "stop"]
-    page.context.close()
-
-
-def contrast(page: Page, selector: str) -> float:
-    """Contrast ratio of an element's text, as WCAG 2 defines it."""
-    colours = page.locator(selector).first.evaluate(
-        """element => {
-            let ground = element;
-            while (/, 0\\)|transparent/.test(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
-            return [getComputedStyle(element).color, getComputedStyle(ground).backgroundColor];
+def faint_texts(page: Page) -> list[str]:
+    """Every visible text whose contrast is less than the 4.5 that WCAG 2 AA asks for; disabled controls are exempt."""
+    return page.evaluate(
+        """() => {
+            const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+            const over = (colours) => {  // colours from the ground up, as a screen shows them
+                canvas.clearRect(0, 0, 1, 1);
+                for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+                return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+            };
+            const light = colour => colour.map(value => value / 255)
+                .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+                .reduce((sum, value, index) => sum + value * [0.2126, 0.7152, 0.0722][index], 0);
+            const faint = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+            while (walker.nextNode()) {
+                const element = walker.currentNode.parentElement, text = walker.currentNode.data.trim();
+                const box = element.getBoundingClientRect(), style = getComputedStyle(element);
+                if (!text || !box.width || style.visibility !== 'visible' || element.closest('script, style')
+                    || element.closest(':disabled')) continue;
+                const grounds = [];
+                let opacity = 1;
+                for (let at = element; at; at = at.parentElement) {
+                    grounds.unshift(getComputedStyle(at).backgroundColor);
+                    opacity *= getComputedStyle(at).opacity;
+                }
+                if (!opacity) continue;
+                const ground = over(['white', ...grounds]), ink = over([`rgb(${ground})`, style.color]);
+                const seen = ink.map((value, index) => value * opacity + ground[index] * (1 - opacity));
+                const [low, high] = [light(seen), light(ground)].sort((a, b) => a - b);
+                const ratio = (high + 0.05) / (low + 0.05);
+                if (ratio < 4.5) faint.push(`${ratio.toFixed(2)}: ${text.slice(0, 60)} <${element.className}>`);
+            }
+            return faint;
         }"""
     )
-    levels = []
-    for colour in colours:
-        channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
-        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
-        levels.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
-    return (max(levels) + 0.05) / (min(levels) + 0.05)
 
 
-def test_text_has_the_contrast_that_wcag_asks_for(browser, url):
-    page = open_page(browser, url)
-    type_prompt(page, tryouts.SCENES["9 shapes"] * 2)
-    expect(page.locator("#reading .further").first).to_be_visible()
-    for selector in (
-        "#reading .read", "#reading .unread", "#reading .further", "#reading .cut", ".legend .unread", ".over .count",
-        ".lead", ".hint", "#draw", "#compare", "#stop", "#stage .note", "#prompt label span", "#seed label span",
-        "#tabs button[aria-selected=true]", "#tabs button[aria-selected=false]", "#examples button",
-    ):  # fmt: skip
-        assert contrast(page, selector) >= 4.5, selector
-    page.context.close()
+def all_is_legible(page: Page) -> None:
+    """No text is faint once whatever fades in has done so."""
+    for _ in range(20):
+        if not (faint := faint_texts(page)):
+            return
+        page.wait_for_timeout(100)
+    pytest.fail(f"too little contrast: {faint}")
 
 
-def test_the_limits_on_the_page_are_those_of_the_studio(browser, url):
-    page = open_page(browser, url)
-    for name, bound in (("steps", "steps"), ("number", "num_images")):
-        box = page.locator(f"#{name} input[type=number]")
-        assert [int(box.get_attribute(side)) for side in ("min", "max")] == list(studio.BOUNDS[bound][:2])
-    page.context.close()
+@pytest.mark.parametrize(("width", "theme"), [("desktop", "light"), ("phone", "dark")])
+def test_type_read_draw_compare_listen_and_bring_back(tabs, url, width, theme, tmp_path):
+    prompt = tryouts.SCENES["7 shapes"]
+    with opened(tabs, url, width, theme) as page:
+        # The meter and the coloured prompt, while typing.
+        page.locator("#prompt textarea").press_sequentially("A red star.")
+        expect(page.locator("#meter")).to_contain_text("6 of 77: reads all")
+        expect(page.locator("#reading .unread")).to_have_count(0)
+        type_prompt(page, tryouts.SCENES["9 shapes"] * 2)
+        expect(page.locator("#meter")).to_contain_text("of 248: reads all, in 2 windows")
+        expect(page.locator("#reading .further").first).to_be_visible()
+        all_is_legible(page)
+        page.locator("#examples").get_by_text("7 shapes").click()
+        expect(page.locator("#prompt textarea")).to_have_value(prompt)
+        expect(page.locator("#meter")).to_contain_text("of 77: never reads the last 64")
+        expect(page.locator("#meter .over .count b")).to_have_text("141")
+        unread = page.locator("#reading .unread").first
+        assert prompt.endswith(unread.inner_text())
+        decoration = unread.evaluate("element => getComputedStyle(element).textDecoration")
+        assert "underline" in decoration  # not by colour alone
+        expect(page.locator("#reading .cut")).to_have_text("the 77-token encoder stops here")
+        page.locator("#negative textarea").fill("blurry")
+        expect(page.locator("#negative-meter")).to_contain_text("5 of 248 tokens")
+
+        # Draw, by the keyboard: a preview, then the picture.
+        set_number(page, "steps", "12")
+        page.locator("#prompt textarea").press("Control+Enter")
+        expect(page.locator("#stage img")).to_have_attribute("alt", re.compile(r"Preview after step \d+ of 12"))
+        expect(page.locator("#stage")).to_contain_text("Drawn in")
+        expect(page.locator("#drawn img").first).to_be_visible()
+
+        # Compare: three pictures side by side, labelled, and the reader's verdict on every object.
+        page.locator("#compare").click()
+        expect(page.locator("#verdict tbody tr")).to_have_count(7)
+        tops = set()
+        for name, label in {"truncate": "truncate", "chunk": "chunk", "stretch": "FineLIP"}.items():
+            picture = page.locator(f"#compared-{name}")
+            expect(picture.locator("label")).to_contain_text(label)
+            expect(picture.get_by_alt_text(f"Drawn under {label}")).to_be_visible()
+            tops.add(round(picture.bounding_box()["y"]))
+        assert len(tops) == 1
+        found = [int(text.split()[0]) for text in re.findall(r"\d of 7", page.locator("#verdict thead").inner_text())]
+        assert found[2] > found[0]  # the prompt was chosen for this
+        all_is_legible(page)
+
+        # Listen: a sentence of the picture that FineLIP drew, then one that `truncate` never read.
+        page.get_by_role("tab", name="Listen").click()
+        sentences = page.locator("#sentences button")
+        sentences.nth(2).click()
+        expect(page.locator("#heard")).to_contain_text("Attention peaks")
+        expect(page.locator("#heat img")).to_have_attribute("alt", re.compile("A red cross.*Attention peaks"))
+        expect(sentences.nth(2)).to_have_attribute("aria-pressed", "true")
+        sentences.last.scroll_into_view_if_needed()
+        expect(page.locator("#heat img")).to_be_in_viewport()  # the picture stays beside what is clicked
+        page.locator("#which").get_by_text("truncate").click()
+        expect(sentences.last).to_be_disabled()
+        expect(sentences.last).to_contain_text("never read")
+        all_is_legible(page)
+
+        # Keep: what was drawn first comes back from its PNG.
+        page.get_by_role("tab", name="Kept").click()
+        expect(page.locator("#kept .thumbnail-item img")).to_have_count(4)
+        page.get_by_role("tab", name="Drawn").click()
+        with page.expect_download() as download:
+            page.locator("#drawn").get_by_label("Download").click()
+        download.value.save_as(tmp_path / "drawn.png")
+        type_prompt(page, "something else")
+        set_number(page, "steps", "33")
+        drop(page, "drawn.png", (tmp_path / "drawn.png").read_bytes(), "Everything is as it was")
+        expect(page.locator("#prompt textarea")).to_have_value(prompt)
+        expect(page.locator("#negative textarea")).to_have_value("blurry")
+        expect(page.locator("#steps input[type=number]")).to_have_value("12")
+        all_is_legible(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= VIEWPORTS[width]["width"]
+
+
+def test_whatever_comes_is_answered_in_a_sentence_and_the_page_goes_on(tabs, url, tmp_path):
+    with opened(tabs, url) as page:
+
+        def refused(words: str) -> None:
+            """Draw says no: in a message that goes, and in a line that stays."""
+            page.locator("#draw").click()
+            message = page.locator(".toast-body", has_text=words)
+            expect(message).to_be_visible()
+            expect(page.locator("#stage")).to_contain_text(words)
+            text = message.inner_text()
+            assert "Traceback" not in text and 'File "' not in text and len(text) < 400, text
+            all_is_legible(page)
+            message.locator(".toast-close").click()
+
+        refused("The prompt is empty")
+        type_prompt(page, "x" * 20_001)
+        expect(page.locator("#meter")).to_contain_text("The prompt has 20,001 characters")
+        refused("shorten it to 20,000")
+        strange = "a\0b שלום עולם، مرحبا 👩‍👩‍👧 <script>alert(1)</script>"
+        type_prompt(page, strange)
+        expect(page.locator("#reading .read").first).to_have_text(strange.replace("\0", " "))
+        for seed in ("-5", "99999999999"):
+            set_number(page, "seed", seed)
+            refused(f"Seed cannot be {seed}")
+        set_number(page, "seed", "1")
+
+        hostile, file = PngInfo(), tmp_path / "hostile.png"
+        hostile.add_itxt(
+            "settings", json.dumps({"prompt": "<img src=x onerror=alert(1)>", "model": "m", "steps": 1e9})
+        )
+        Image.new("RGB", (8, 8)).save(file, pnginfo=hostile)
+        drop(page, "none.png", b"<html>", "This file is no PNG")
+        drop(
+            page, "hostile.png", file.read_bytes(), "The settings in this PNG do not hold. Steps cannot be 1000000000"
+        )
+        expect(page.locator("#prompt textarea")).to_have_value(strange)
+
+        for steps, done in (("0", "1"), ("10000", "150")):  # the slider's own bounds
+            set_number(page, "steps", steps)
+            expect(page.locator("#steps input[type=number]")).to_have_value(done)
+        for name, bound in (("steps", "steps"), ("guidance", "guidance_scale"), ("number", "num_images")):
+            box = page.locator(f"#{name} input[type=number]")
+            assert [int(box.get_attribute(side)) for side in ("min", "max")] == list(studio.BOUNDS[bound][:2])
+        begin(page, strange, "1")
+        expect(page.locator("#stage")).to_contain_text("Drawn in")
+
+
+def test_two_tabs_a_place_in_line_stop_and_a_closed_tab(tabs, url, pipe):
+    calls = []
+    with opened(tabs, url) as second:
+        with opened(tabs, url) as first:
+            begin(first, tryouts.SCENES["9 shapes"], "150")
+            type_prompt(second, "A small red star.")
+            set_number(second, "steps", "1")
+            second.locator("#draw").click()
+            place = second.locator("#stage").get_by_text("queue: 1/1")
+            box, stage = (element.bounding_box() for element in (place, second.locator("#stage")))
+            assert stage["y"] <= box["y"] < stage["y"] + stage["height"]  # in sight
+            second.locator("#stop").click()
+            expect(first.locator("#stage")).to_contain_text("step")
+            first.locator("#stop").click()
+            for page in (first, second):  # who only waited, when its turn comes
+                expect(page.locator("#stage")).to_contain_text("Stopped.")
+
+            set_number(first, "steps", "1")
+            for page in (first, second):
+                page.locator("#draw").click()
+            for page, words in ((first, "nine objects"), (second, "A small red star.")):
+                expect(page.locator("#stage")).to_contain_text("Drawn in")
+                page.get_by_role("tab", name="Listen").click()
+                expect(page.locator("#sentences")).to_contain_text(words)
+            set_number(first, "number", "4")
+            counting = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+            begin(first, tryouts.SCENES["9 shapes"], "150")
+
+        # The first tab is closed: the second is served at once, not after 600 steps.
+        second.locator("#compare").click()
+        expect(second.locator("#stage")).to_contain_text("Three pictures from the same noise")
+        counting.remove()
+        assert 3 <= len(calls) < 300
+
+
+def test_every_control_has_a_name_and_the_keyboard_reaches_them_in_order(tabs, url):
+    with opened(tabs, url) as page:
+        nameless = page.evaluate(
+            """() => [...document.querySelectorAll('input, textarea, select, button')]
+                .filter(element => element.offsetParent && element.type !== 'file')
+                .filter(element => !(element.labels?.length || element.getAttribute('aria-label') || element.title
+                    || element.getAttribute('aria-labelledby') || element.innerText?.trim() || element.placeholder))
+                .map(element => element.outerHTML.slice(0, 200))"""
+        )
+        assert nameless == []
+        page.locator("#prompt textarea").focus()
+        reached = ["prompt"]
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            reached.append(page.evaluate("document.activeElement.closest('[id]')?.id"))
+        order = ["prompt", "draw", "compare", "stop", "examples", "negative", "strategy", "steps", "guidance", "seed",
+                 "number", "keep-seed"]  # fmt: skip
+        assert list(dict.fromkeys(name for name in reached if name in order)) == order
+
+
+def test_a_model_that_fails_to_load_and_then_an_sdxl(tabs, stock_xl, finelip_folder):
+    """What the page says while there is no model, then everything that it does, on SDXL."""
+    missing = threading.Event()
+    missing.set()
+
+    def load():
+        if missing.is_set():
+            raise OSError("no such model\nas nowhere/nothing")
+        return FineLIPStableDiffusionXLPipeline(
+            **stock_xl.components, finelip=finelip_folder / "text_encoder", add_watermarker=False
+        )
+
+    demo = app.build_demo(load, name="nowhere/nothing", scenes=False)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.look())
+    try:
+        with opened(tabs, url) as page:
+            words = "The model could not be loaded: no such model as nowhere/nothing"
+            expect(page.locator("#meter")).to_have_text(words)
+            type_prompt(page, "A cat.")
+            page.locator("#draw").click()
+            expect(page.locator("#stage")).to_contain_text(words)
+            missing.clear()
+            page.locator("#examples").get_by_text("Harbour at dawn").click()
+            expect(page.locator("#meter")).to_contain_text("of 248: reads all")
+            expect(page.locator("#reading .cut")).to_have_text("the 77-token encoder stops here")
+            set_number(page, "width", "72")
+            set_number(page, "height", "68")
+            set_number(page, "steps", "1")
+            page.locator("#draw").click()
+            expect(page.locator("#stage")).to_contain_text("Height cannot be 68: choose a multiple of 8")
+            set_number(page, "height", "64")
+            page.locator("#compare").click()
+            expect(page.locator("#stage")).to_contain_text("Three pictures from the same noise")
+            expect(page.locator("#verdict")).to_have_text("")  # nobody reads these pictures
+            page.get_by_role("tab", name="Listen").click()
+            page.locator("#sentences button").last.click()
+            expect(page.locator("#heard")).to_contain_text("and everything is in focus.")
+            width, height = page.locator("#heat img").evaluate("image => [image.naturalWidth, image.naturalHeight]")
+            assert width / height == 72 / 64
+    finally:
+        demo.close()
