@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--max_queue", type=int, default=MAX_QUEUE, help="requests that may wait")
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("finelip_diffusion.pipeline").setLevel(logging.ERROR)  # the page says what is dropped
+    logging.getLogger("finelip_diffusion.readers").setLevel(logging.ERROR)  # the page says what is dropped
 
     def load() -> Any:
         from finelip_diffusion.cli import load_pipeline
