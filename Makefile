@@ -8,11 +8,11 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 CODE := $(wildcard finelip_diffusion pipelines train app examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app space test quality lint types style clean
+.PHONY: help demo app space test test-oldest quality lint types style clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '@' 2>/dev/null \
-		|| sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 - \2/p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '@' 2>/dev/null \
+		|| sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 - \2/p' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed-core ## draw one long prompt with the bundled model, into demo.png
 	$(OFFLINE) $(PY) examples/demo.py
@@ -30,6 +30,10 @@ space: ## gather a Hugging Face Space in build/space
 test: $(VENV)/.installed-dev ## run the test suite
 	$(OFFLINE) $(PY) -m pytest --numprocesses 2 --dist loadfile
 
+test-oldest: ## run the test suite on the oldest versions that are supported, in .venv-oldest
+	$(MAKE) VENV=.venv-oldest .venv-oldest/.installed-oldest
+	$(OFFLINE) .venv-oldest/bin/python -m pytest --numprocesses 2 --dist loadfile
+
 quality: lint types ## check lint, format and types; change nothing
 
 lint: $(VENV)/.installed-dev
@@ -44,7 +48,7 @@ style: $(VENV)/.installed-dev ## fix what lint and format can fix
 	$(PY) -m ruff format .
 
 clean: ## remove the environment, the caches and what was built
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment. A failed `venv` leaves a folder without pip behind: it is taken away again, so that the next try starts clean.
@@ -67,3 +71,9 @@ $(VENV)/.installed-app: pyproject.toml | $(PY)
 $(VENV)/.installed-dev: pyproject.toml | $(PY)
 	$(PY) -m pip install --disable-pip-version-check -e '.[dev]'
 	@touch $(VENV)/.installed-core $(VENV)/.installed-app $@
+
+# pip takes the newest that fits, uv can take the oldest: the lower bounds in pyproject.toml.
+$(VENV)/.installed-oldest: pyproject.toml | $(PY)
+	$(PY) -m pip install --disable-pip-version-check uv
+	$(PY) -m uv pip install --python $(PY) --resolution lowest-direct -e '.[dev]'
+	@touch $@

@@ -3,12 +3,12 @@
 import importlib.util
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import scripts
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -23,9 +23,8 @@ def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def run_script(name: str, *flags: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def run_script(name: str, *flags: str, bare: bool = False) -> str:
+    done = scripts.run(BENCHMARKS / f"{name}.py", *flags, bare=bare)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -80,9 +79,8 @@ def test_captions_are_read_to_their_last_word(train_step: ModuleType, name: str)
 
 
 def test_the_tools_agree_on_the_distance_and_the_table_says_so() -> None:
-    output = run_script(
-        "evaluate", "--num_images", "4", "--repeats", "1", "--batch_size", "3", "--memory_images", "30", "90"
-    )
+    flags = ["--num_images", "4", "--repeats", "1", "--batch_size", "3", "--memory_images", "30", "90"]
+    output = run_script("evaluate", *flags, bare=True)  # it measures what processes of its own take
     rows = table_of(output)
     assert list(rows) == ["ours", "torch-fidelity", "clean-fid"]
     for rate, speed, features, seconds, distance in rows.values():
@@ -101,3 +99,50 @@ def test_every_bar_of_scoring_can_be_met_and_missed(monkeypatch: pytest.MonkeyPa
         "the distance differs by nan from that of b",
         "20000 images take 1.06 times the memory of 1000",
     ]
+
+
+@pytest.fixture(scope="module")
+def full_size_output() -> str:
+    flags = {"rounds": 1, "encodings": 1, "encodings_xl": 1, "latent_size": 8}
+    numbers = [f"--{name}={value}" for name, value in flags.items()]
+    return run_script("full_size", "--tiny", *numbers, "--very_long", "300", "600", "900")
+
+
+def test_full_size_does_the_same_work_on_both_sides(full_size_output: str) -> None:
+    for part in ("one step", "SD 1.5, encoding", "SDXL, encoding"):
+        table = re.search(rf"{part}.*\n\n((?:\|.*\n)+)", full_size_output)
+        assert table is not None, full_size_output
+        rows = [line.split("|")[1:-1] for line in table[1].splitlines()[2:]]
+        assert [int(row[0]) for row in rows] == [77, 248, 496]
+        assert all(float(row[-1]) < 1e-5 for row in rows)  # rounding, where windows make other batches
+
+
+def test_full_size_reads_very_long_prompts_in_windows(full_size_output: str) -> None:
+    rows = table_of(full_size_output.split("very long")[1].split("\n\n")[1])
+    assert [rows[str(tokens)][0] % 248 for tokens in (300, 600, 900)] == [0, 0, 0]
+    assert rows["300"][0] < rows["600"][0] < rows["900"][0]
+    assert re.search(r"time grows with the power \d", full_size_output)
+
+
+def test_full_size_is_the_size_of_the_published_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    full_size = load_script("full_size", monkeypatch)
+    for name in ("text_encoder", "text_encoder_2", "unet"):
+        full_size.empty(name, full_size.Arguments())
+    monkeypatch.setitem(full_size.UNET, "cross_attention_dim", 1024)  # SD 2.x
+    with pytest.raises(ValueError, match="the unet has 865910724 parameters, not the 859520964"):
+        full_size.empty("unet", full_size.Arguments())
+
+
+def test_every_bar_of_full_size_can_be_met_and_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    full_size = load_script("full_size", monkeypatch)
+
+    def costs(same_length: float, longer: float) -> dict:
+        seconds = {(length, side): 1.0 for length in full_size.LENGTHS for side in ("stock", "ours")}
+        seconds |= {(496, "ours"): same_length, (248, "ours"): longer, (248, "stock"): longer}
+        return {name: [full_size.Cost(cpu, 1.0, 1.0)] for name, cpu in seconds.items()}
+
+    assert full_size.missed_bars("step", costs(1.01, 1.06)) == []
+    same_length, longer = full_size.missed_bars("step", costs(1.02, 1.07))
+    assert "1.020 times the stock pipeline's CPU seconds at 496" in same_length
+    assert "1.070 times the CPU seconds of 77 tokens at 248" in longer
+    assert full_size.missed_bars("encoding", costs(1.0, 3.0)) == []

@@ -49,7 +49,7 @@ def generate(stable_diffusion_folder, finelip_folder, prompt_file, tmp_path, cap
     return run
 
 
-def test_generate_as_a_user_runs_it(stable_diffusion_folder, finelip_folder, prompt_file, tmp_path):
+def test_generate_as_a_user_runs_it(stable_diffusion_folder, finelip_folder, prompt_file, tmp_path, capsys):
     out = tmp_path / "new" / "folder"
     args = ["generate", "--prompt-file", prompt_file, "--out", out, "--model", stable_diffusion_folder]
     args += ["--finelip", finelip_folder, "--seed", 5, "--num-images", 2, "--steps", 2, "--negative-prompt", "dull"]
@@ -68,11 +68,11 @@ def test_generate_as_a_user_runs_it(stable_diffusion_folder, finelip_folder, pro
     assert settings["steps"] == 2
     assert settings["long_prompt"] == "stretch"
 
-    again = finelip(*args)
-    assert again.returncode == 1
-    assert again.stderr.count("\n") == 1
-    assert "image-5.png" in again.stderr
-    assert "--overwrite" in again.stderr
+    assert cli.main([str(part) for part in args]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "image-5.png" in error
+    assert "--overwrite" in error
 
 
 def test_an_image_depends_on_its_seed_alone(generate, tmp_path):

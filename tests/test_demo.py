@@ -1,21 +1,20 @@
 """`make demo`'s script, run as a user runs it."""
 
 import subprocess
-import sys
 from pathlib import Path
 
+import scripts
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "demo.py"
 
 
-def demo(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--out", str(folder / "demo.png"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def demo(folder: Path, *flags: str, bare: bool = False) -> subprocess.CompletedProcess[str]:
+    return scripts.run(SCRIPT, "--out", folder / "demo.png", *flags, bare=bare)
 
 
 def test_the_demo_prints_both_reports_and_writes_one_picture(tmp_path: Path) -> None:
-    done = demo(tmp_path, "--steps", "2")
+    done = demo(tmp_path, "--steps", "2", bare=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "152 tokens, long_prompt='truncate'" in done.stdout
     assert "77 of 152 tokens dropped" in done.stdout

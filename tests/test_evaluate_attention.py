@@ -2,23 +2,21 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import scripts
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "evaluate_attention.py"
 
 
-def evaluate(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--output_dir", str(folder), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def evaluate(folder: Path, *flags: str, bare: bool = False) -> subprocess.CompletedProcess[str]:
+    return scripts.run(SCRIPT, "--output_dir", folder, *flags, bare=bare)
 
 
 def test_the_report_counts_every_sentence_that_was_read(tmp_path: Path) -> None:
-    done = evaluate(
-        tmp_path, "--num_prompts", "4", "--num_inference_steps", "8", "--strategies", "stretch", "truncate"
-    )
+    flags = ["--num_prompts", "4", "--num_inference_steps", "8", "--strategies", "stretch", "truncate"]
+    done = evaluate(tmp_path, *flags, bare=True)
     assert done.returncode == 0, done.stderr[-2000:]
     strategies = json.loads((tmp_path / "report.json").read_text())["strategies"]
     for result in strategies.values():

@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import scripts
 from PIL import Image
 
 from finelip_diffusion.drawing import BASELINE
@@ -28,11 +28,6 @@ SMALL = [
     "--num_prompts", 6, "--num_short", 2, "--num_changed", 2, "--num_drift", 1, "--num_inference_steps", 2,
     "--num_resamples", 4, "--kid_subset_size", 4, "--num_examples", 1, "--batch_size", 4,
 ]  # fmt: skip
-
-
-def run(*flags: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *launcher, str(SCRIPT), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +45,7 @@ def pixels(folder: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
-    done = run(*SMALL, "--output_dir", folder)
+    done = scripts.run(SCRIPT, *SMALL, "--output_dir", folder, bare=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -141,17 +136,15 @@ def test_the_page_shows_the_examples(straight: Path):
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(straight: Path, tmp_path: Path):
-    with subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, SMALL), "--output_dir", str(tmp_path)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        deadline = time.monotonic() + 200
-        while not (kept := list(tmp_path.rglob("images/**/*.png"))) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
+    process = scripts.start(SCRIPT, *SMALL, "--output_dir", tmp_path)
+    deadline = time.monotonic() + 200
+    while not (kept := list(tmp_path.rglob("images/**/*.png"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.join()
     assert kept
     times = {file: file.stat().st_mtime_ns for file in kept}
-    done = run(*SMALL, "--output_dir", tmp_path)
+    done = scripts.run(SCRIPT, *SMALL, "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {file: file.stat().st_mtime_ns for file in kept} == times
     ours, theirs = pixels(tmp_path), pixels(straight)
@@ -162,8 +155,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(straight: Path, tmp_path: Path):
 
 
 def test_two_processes_equal_one(straight: Path, tmp_path: Path):
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "29731")
-    done = run(*SMALL, "--output_dir", tmp_path, launcher=launcher)
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "29731"]
+    command = [sys.executable, *launcher, SCRIPT, *SMALL, "--output_dir", tmp_path]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = pixels(tmp_path), pixels(straight)
     assert ours.keys() == theirs.keys()
@@ -208,7 +202,7 @@ def test_captioned_images_and_a_model_of_ones_own(
         "--num_drift", 1, "--num_inference_steps", 1, "--num_resamples", 4, "--judges", "clip=bundled/clip",
         "--max_bad_fraction", 0.2, "--output_dir", tmp_path,
     ]  # fmt: skip
-    done = run(*flags)
+    done = scripts.run(SCRIPT, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     found = report(tmp_path)
     assert list(found["conditions"]) == ["base/truncate", "base/ours", "own/truncate", "own/ours"]
@@ -275,7 +269,7 @@ def test_a_reference_folder_with_one_image_is_refused(
 
 def test_the_script_says_its_sentence_and_fails(tmp_path: Path):
     (tmp_path / "mine.yaml").write_text("guidance: 3\n")
-    done = run("--config", tmp_path / "mine.yaml", "--output_dir", tmp_path)
+    done = scripts.run(SCRIPT, "--config", tmp_path / "mine.yaml", "--output_dir", tmp_path)
     assert done.returncode != 0
     assert "unknown key 'guidance'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import scripts
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
@@ -17,11 +18,6 @@ from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import describe, render, sample_scene
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "evaluate_retrieval.py"
-
-
-def run(*flags: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +84,10 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_gallery_is_measured_with_every_model(
     models: tuple[Path, Path], urban: Path, coco: Path, tmp_path: Path
 ) -> None:
-    done = run("--model", models[0], "--model", models[1], "--data", "scenes", urban, coco, "--output_dir", tmp_path,
-               "--num_groups", "2", "--batch_size", "7", "--global_share", "0.5")  # fmt: skip
+    done = scripts.run(
+        SCRIPT, "--model", models[0], "--model", models[1], "--data", "scenes", urban, coco, "--output_dir", tmp_path,
+        "--num_groups", 2, "--batch_size", 7, "--global_share", 0.5,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["settings"]["global_share"] == 0.5
@@ -145,7 +143,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
 
 
 def test_a_refusal_is_one_sentence(tmp_path: Path) -> None:
-    done = run("--model", tmp_path / "no_model", "--output_dir", tmp_path / "out")
+    done = scripts.run(SCRIPT, "--model", tmp_path / "no_model", "--output_dir", tmp_path / "out")
     assert done.returncode != 0
     assert "no_model does not exist" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -5,13 +5,14 @@ import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
 import yaml
 from PIL import Image
@@ -40,15 +41,12 @@ SMALL = {  # four updates of sixteen pairs, with rates at which weights visibly 
 SMOOTH = {"adam_epsilon": 1, "learning_rate": 0.1, "head_learning_rate": 0.1}
 
 
-def command(folder: Path, *launcher: str, **flags: object) -> list[str]:
-    given = SMALL | {"output_dir": folder} | flags
-    return [*(launcher or (sys.executable,)), str(SCRIPT), *(f"--{name}={value}" for name, value in given.items())]
+def flags_of(folder: Path, **flags: object) -> list[str]:
+    return [f"--{name}={value}" for name, value in (SMALL | {"output_dir": folder} | flags).items()]
 
 
-def train(folder: Path, *launcher: str, **flags: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(folder, *launcher, **flags), capture_output=True, text=True, timeout=280, check=False, cwd=ROOT
-    )
+def train(folder: Path, *, bare: bool = False, **flags: object) -> subprocess.CompletedProcess[str]:
+    return scripts.run(SCRIPT, *flags_of(folder, **flags), bare=bare)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -75,7 +73,7 @@ def smooth(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
-    done = train(folder, report_to="tensorboard", validation_steps=4)
+    done = train(folder, report_to="tensorboard", validation_steps=4, bare=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -110,12 +108,12 @@ def test_a_killed_run_ends_as_a_straight_one(straight: Path, tmp_path: Path) -> 
     flags = {"resume_from_checkpoint": "latest", "checkpointing_steps": 1}
     for _ in range(KILLS):
         before = set(folder.glob("*"))
-        process = subprocess.Popen(command(folder, **flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and set(folder.glob("*")) <= before:
+        process = scripts.start(SCRIPT, *flags_of(folder, **flags))
+        while process.is_alive() and set(folder.glob("*")) <= before:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     done = train(folder, **flags)
     assert done.returncode == 0, done.stderr[-2000:]
     for name, tensor in weights(straight).items():
@@ -137,13 +135,8 @@ def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(straight: Path, tmp
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     """Files may have ten million bytes: the weights fit, the optimiser's state does not."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))
-
-    done = subprocess.run(
-        command(tmp_path), capture_output=True, text=True, preexec_fn=limit, timeout=280, check=False
-    )
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (10**7, 10**7))
+    done = scripts.run(SCRIPT, *flags_of(tmp_path), before=limit)
     assert done.returncode != 0
     last = done.stderr.splitlines()[-1]
     assert f"checkpoint 2 cannot be written to {tmp_path}" in last and "--resume_from_checkpoint latest" in last
@@ -152,9 +145,10 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_two_processes_equal_one(smooth: Path, tmp_path: Path) -> None:
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "--num_machines=1")
-    port = ("--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={20000 + os.getpid() % 20000}")
-    done = train(tmp_path / "two", *launcher, *port, train_batch_size=8, **SMOOTH)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "--num_machines=1"]
+    port = ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={20000 + os.getpid() % 20000}"]
+    command = [*launcher, *port, str(SCRIPT), *flags_of(tmp_path / "two", train_batch_size=8, **SMOOTH)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_close(smooth, tmp_path / "two")
 

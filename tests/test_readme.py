@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import scripts
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -61,10 +62,18 @@ def commands() -> list:
 
 
 @cache
-def help_text(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
+def help_text(script: str) -> str:
+    done = scripts.run(ROOT / script, "--help")
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@cache
+def help_of_finelip(command: str) -> str:
+    code = "from finelip_diffusion.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def check_flags(words: list[str], text: str) -> None:
@@ -102,14 +111,14 @@ def test_commands_exist(words):
     if program in FOREIGN_COMMANDS:
         return
     if program == "make":
-        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
         assert {word for word in rest if "=" not in word} <= targets
     elif program == "pip":
         extras = re.findall(r"\[([\w,]+)\]", " ".join(rest))
         provided = set(importlib.metadata.metadata("finelip-diffusion").get_all("Provides-Extra"))
         assert {extra for group in extras for extra in group.split(",")} <= provided
     elif program == "finelip":
-        check_flags(rest, help_text("-c", "from finelip_diffusion.cli import main; main()", rest[0]))
+        check_flags(rest, help_of_finelip(rest[0]))
     elif program in {"python", "accelerate"}:
         if program == "accelerate":  # its own flags stand before the script
             rest = rest[next(place for place, word in enumerate(rest) if word.endswith(".py")) :]

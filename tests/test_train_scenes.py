@@ -2,10 +2,10 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
@@ -17,17 +17,16 @@ SCRIPT = Path(__file__).resolve().parents[1] / "train" / "train_scenes.py"
 STEPS = ("autoencoder_steps", "image_steps", "clip_steps", "unet_steps", "long_clip_steps", "adapt_steps")
 
 
-def train(folder: Path, steps: int, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--output_dir", str(folder), "--num_scenes", "64", *flags]
-    command += [word for name in STEPS for word in (f"--{name}", str(steps))]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def train(folder: Path, steps: int, *flags: str, bare: bool = False) -> subprocess.CompletedProcess[str]:
+    counts = [word for name in STEPS for word in (f"--{name}", steps)]
+    return scripts.run(SCRIPT, "--output_dir", folder, "--num_scenes", 64, *flags, *counts, bare=bare)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps of every stage."""
     folder = tmp_path_factory.mktemp("scenes")
-    done = train(folder, 2)
+    done = train(folder, 2, bare=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
