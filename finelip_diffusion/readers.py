@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -21,6 +22,10 @@ from .weighting import WEIGHTINGS, Weighting, parse_weights
 
 logger = logging.getLogger(__name__)
 
+_CALLS: ContextVar[dict[tuple[int, str], Any]] = ContextVar("calls", default={})  # noqa: B039, never changed in place
+"""Settings of the calls under way in a thread, by pipeline and name."""
+
+_CHOICES = {"long_prompt": LONG_PROMPTS, "weighting": WEIGHTINGS}
 _CUTS: dict[str, Cut] = {"stretch": "packed", "truncate": "first", "chunk": "windows", "segment": "sentences"}
 
 
@@ -53,31 +58,33 @@ class ReadingMixin:
     @property
     def long_prompt(self) -> LongPrompt:
         """How prompts are read that do not fit the stock window; `docs/pipelines.md` has the table."""
-        return self._long_prompt
+        return self._setting("long_prompt")
 
     @long_prompt.setter
     def long_prompt(self, value: str) -> None:
-        self._long_prompt = one_of("long_prompt", value, LONG_PROMPTS)
+        self._long_prompt = _checked("long_prompt", value)
 
     @property
     def weighting(self) -> Weighting:
         """The syntax in which words of a prompt get their weights: `"plain"` (none), `"a1111"` or `"compel"`."""
-        return self._weighting
+        return self._setting("weighting")
 
     @weighting.setter
     def weighting(self, value: str) -> None:
-        self._weighting = one_of("weighting", value, WEIGHTINGS)
+        self._weighting = _checked("weighting", value)
 
     @property
     def blend(self) -> float:
         """Share of the long encoder's states in what `"stretch"` reads; the rest are the stock encoder's."""
-        return self._blend
+        return self._setting("blend")
 
     @blend.setter
     def blend(self, value: float) -> None:
-        if not 0 <= value <= 1:
-            raise ValueError(f"blend={value} is no share: give 0 (the stock encoder) to 1 (the long one).")
-        self._blend = float(value)
+        self._blend = _checked("blend", value)
+
+    def _setting(self, name: str) -> Any:
+        """A setting of the call under way, or else the pipeline's."""
+        return _CALLS.get().get((id(self), name), getattr(self, f"_{name}"))
 
     def describe_prompt(
         self,
@@ -266,22 +273,19 @@ class ReadingMixin:
     def reading_with(
         self, long_prompt: LongPrompt | None, weighting: Weighting | None, blend: float | None
     ) -> Iterator[None]:
-        """Other settings for one call."""
+        """Other settings for one call; what other threads do with the pipeline meanwhile goes on under its own."""
         if blend is not None and blend < 1 and (how := long_prompt or self.long_prompt) not in ("stretch", "auto"):
             raise ValueError(
                 f"blend={blend} mixes into what the long encoder reads, but long_prompt={how!r} reads with the stock "
                 "encoder alone: leave one of the two out."
             )
-        usual = {"long_prompt": self.long_prompt, "weighting": self.weighting, "blend": self.blend}
-        own = {"long_prompt": long_prompt, "weighting": weighting, "blend": blend}
+        given = {"long_prompt": long_prompt, "weighting": weighting, "blend": blend}
+        own = {(id(self), name): _checked(name, value) for name, value in given.items() if value is not None}
+        token = _CALLS.set({**_CALLS.get(), **own})
         try:
-            for name, value in own.items():
-                if value is not None:
-                    setattr(self, name, value)
             yield
         finally:
-            for name, value in usual.items():
-                setattr(self, name, value)
+            _CALLS.reset(token)
 
 
 @contextmanager
@@ -334,6 +338,19 @@ def _warn(prompts: Iterable[_Mixed]) -> None:
         logger.warning("long_prompt='truncate' reads the first window alone; %s", "; ".join(parts))
     for weighted in {reading.prompt for reading in readings if reading.prompt.unmatched}:
         logger.warning("brackets without a partner are text: %s in %r", weighted.unmatched, weighted.text)
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value of a setting.
+
+    Raises:
+        ValueError: If it is none of the choices, or no share.
+    """
+    if name in _CHOICES:
+        return one_of(name, value, _CHOICES[name])
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} is no share: give 0 (the stock encoder) to 1 (the long one).")
+    return float(value)
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -181,6 +182,23 @@ def test_the_blend_of_a_pipeline(stable_diffusion_folder, finelip_folder):
     assert pipe.blend == 0.5
     assert not torch.equal(embed(pipe, "a cat"), embed(pipe, "a cat", blend=0.6))
     assert torch.equal(embed(pipe, "a cat", long_prompt="chunk"), embed(pipe, "a cat", blend=0))
+
+
+def test_what_another_thread_describes_changes_no_drawing(pipe, text_of):
+    """As on a page, where people type while others draw: the settings of a call are its own."""
+    prompt, seen = text_of(300), []
+
+    def describe(pipe, step, timestep, tensors):
+        with ThreadPoolExecutor() as threads:
+            seen.append(threads.submit(lambda: pipe.long_prompt).result())
+            threads.submit(pipe.describe_prompt, prompt, "truncate").result()
+        seen.append(pipe.long_prompt)
+        return tensors
+
+    inside = pixels(pipe, prompt, long_prompt="chunk", callback_on_step_end=describe)
+    assert seen == ["stretch", "chunk"] * 2
+    assert torch.equal(inside, pixels(pipe, prompt, long_prompt="chunk"))
+    assert pipe.long_prompt == "stretch"
 
 
 # Prompts encoded once
