@@ -53,18 +53,18 @@ class Actions:
 
     # ------------------------------------------------------------------------------------------------------ the page
 
-    def meter(self, prompt: str, negative_prompt: str) -> tuple[str, str, str]:
+    def meter(self, prompt: str, negative_prompt: str, weighting: str) -> tuple[str, str, str]:
         """What is read of the prompts, while somebody types."""
         try:
             with readable():
                 prompt = checked_text(prompt, "prompt")
                 negative_prompt = checked_text(negative_prompt, "negative prompt")
-                stock = self.studio.describe(prompt, "truncate").readings[0]
-                long = self.studio.describe(prompt, "stretch").readings[0]
-                negative = self.studio.describe(negative_prompt, "stretch").readings[0]
+                stock = self.studio.describe(prompt, "truncate", weighting).readings[0]
+                long = self.studio.describe(prompt, "stretch", weighting).readings[0]
+                negative = self.studio.describe(negative_prompt, "stretch", weighting).readings[0]
         except gr.Error as error:
             return panels.note(error.message), "", ""
-        return panels.meter(stock, long), panels.reading(prompt, stock, long), panels.negative_meter(negative)
+        return panels.meter(stock, long), panels.reading(stock, long), panels.negative_meter(negative)
 
     def draw(self, request: gr.Request, keep_seed: bool, *values: Any) -> Iterator[tuple]:
         """Yields (stage, pictures, kept, seed, which, sentences), step by step."""
@@ -124,10 +124,10 @@ class Actions:
 
     # ------------------------------------------------------------------------------------------------------- the API
 
-    def api_describe(self, prompt: str, long_prompt: str = "stretch") -> dict:
+    def api_describe(self, prompt: str, long_prompt: str = "stretch", weighting: str = "plain") -> dict:
         """What a text encoder reads of a prompt: tokens, windows, and the text that is dropped."""
         with readable():
-            report = self.studio.describe(checked_text(prompt, "prompt"), long_prompt)
+            report = self.studio.describe(checked_text(prompt, "prompt"), long_prompt, weighting)
         return {
             "tokens": report.tokens,
             "long_prompt": report.long_prompt,
@@ -146,13 +146,23 @@ class Actions:
         seed: int = 0,
         num_images: int = 1,
         long_prompt: str = "stretch",
+        weighting: str = "plain",
         width: int | None = None,
         height: int | None = None,
     ) -> list:
         """Draws a prompt: PNG files with the prompt and all settings inside, one for each seed from `seed` on."""
         with readable():
             settings = Settings(
-                prompt, negative_prompt, steps, guidance_scale, seed, num_images, long_prompt, width, height
+                prompt,
+                negative_prompt,
+                steps,
+                guidance_scale,
+                seed,
+                num_images,
+                long_prompt,
+                weighting,
+                width,
+                height,
             )
             visit = self._begin(request)
             pictures = {f"seed {event.settings.seed}": event for event in self._pictures(settings, visit.stop)}
@@ -218,7 +228,7 @@ class Actions:
         seconds = sum(picture.seconds for picture in pictures.values())
         note = panels.note(f"Three pictures from the same noise, seed {settings.seed}, in {seconds:.1f} s.")
         which, sentences = self._to_listen(pictures, label)
-        yield note, *files, self._verdict(settings.prompt, pictures), visit.kept, settings.seed, which, sentences
+        yield note, *files, self._verdict(pictures), visit.kept, settings.seed, which, sentences
 
     def _begin(self, request: gr.Request) -> Visit:
         """A window, with a stop that nobody has used; it is shared by what the window draws and waits for."""
@@ -252,7 +262,7 @@ class Actions:
 
     def _heat(self, picture: Picture, number: Any) -> tuple[np.ndarray, str]:
         """Where a sentence was heard, and the sentence."""
-        prompt = picture.settings.prompt
+        prompt = picture.text
         spans = sentence_spans(prompt)
         if not isinstance(number, int) or not 0 <= number < len(spans):
             raise ValueError(f"There is no such sentence: the prompt has {len(spans)}, counted from 0.")
@@ -263,11 +273,12 @@ class Actions:
         which = which or next(iter(pictures))
         return gr.Radio(choices=list(pictures), value=which), panels.sentences(pictures[which])
 
-    def _verdict(self, prompt: str, pictures: dict[str, Picture]) -> str:
+    def _verdict(self, pictures: dict[str, Picture]) -> str:
         if not self.studio.scenes:
             return ""
         names = {label: name for name, label in panels.COMPARED.items()}
         shown = {names[label]: read(picture.image) for label, picture in pictures.items()}
+        prompt = next(iter(pictures.values())).text
         return panels.verdict(find_facts(prompt), shown, self.studio.pipe.tokenizer)
 
 

@@ -120,6 +120,10 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                         [(text, value) for value, text in panels.STRATEGIES.items()], value="stretch",
                         label="How the prompt is read", elem_id="strategy",
                     )  # fmt: skip
+                    weighting = gr.Dropdown(
+                        [(text, value) for value, text in panels.WEIGHTINGS.items()], value="plain",
+                        label="Brackets in prompts are", elem_id="weighting",
+                    )  # fmt: skip
                     with gr.Row():
                         steps = gr.Slider(**bounds["steps"], value=20, step=1, label="Steps", elem_id="steps")
                         guidance = gr.Slider(
@@ -192,9 +196,9 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
 
         page: dict[str, Any] = {"api_visibility": "private"}
         # All of `Settings`, in its order.
-        values = [prompt, negative, steps, guidance, seed, number, strategy, width, height]
+        values = [prompt, negative, steps, guidance, seed, number, strategy, weighting, width, height]
         measured = {
-            "fn": actions.meter, "inputs": [prompt, negative], "outputs": [meter, reading, negative_meter],
+            "fn": actions.meter, "inputs": [prompt, negative, weighting], "outputs": [meter, reading, negative_meter],
             "queue": False, "show_progress": "hidden", **page,
         }  # fmt: skip
         waiting: dict[str, Any] = {
@@ -202,7 +206,7 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
             "preprocess": False, **page,
         }  # fmt: skip
         listening = [which, sentences]
-        gr.on([prompt.change, negative.change], trigger_mode="always_last", **measured)
+        gr.on([prompt.change, negative.change, weighting.change], trigger_mode="always_last", **measured)
         tries.click(lambda index: list(examples.values())[index], tries, prompt, queue=False, **page)
         draw.click(actions.to_drawn, None, [tabs, stage], queue=False, js=TO_STAGE, **page).then(
             actions.draw, [keep_seed, *values], [stage, drawn, kept, seed, *listening], **waiting

@@ -67,6 +67,8 @@ def settings_of(content: bytes) -> tuple[Settings, str]:
             raise TypeError("the model's name is no text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError("The settings in this PNG cannot be read: it was not saved from this page.") from error
+    if values.get("blend", 1) != 1:
+        raise ValueError("This PNG was drawn with a blend of two encoders, which the page lacks: use the command.")
     try:
         return as_settings(values), model
     except (ValueError, TypeError) as error:

@@ -19,6 +19,11 @@ STRATEGIES = {  # long_prompt: what the page calls it
     "segment": "segment: a window a sentence",
     "auto": "auto: 77 tokens or FineLIP",
 }
+WEIGHTINGS = {  # weighting: what the page calls it
+    "plain": "text, as everything else",
+    "a1111": "weights: (word:1.3), [word], BREAK",
+    "compel": "compel: (word)1.3, word++",
+}
 COMPARED = {"truncate": "truncate", "chunk": "chunk", "stretch": "FineLIP"}
 HEAT = np.array([255, 122, 0], dtype=np.float32)
 
@@ -53,10 +58,11 @@ def negative_meter(reading: Reading) -> str:
     return f'<p class="count" role="status"><b>{used}</b> of {reading.window_length} tokens{tail}</p>'
 
 
-def reading(prompt: str, stock: Reading, long: Reading) -> str:
+def reading(stock: Reading, long: Reading) -> str:
     """The prompt itself, coloured and marked by who reads what."""
     if not stock.tokens:
         return ""
+    prompt = stock.prompt.text
     cuts = {len(prompt): ""}
     bounds = [stock.tokens_read, *np.cumsum([len(window) for window in long.windows])[:-1].tolist()]
     for number, token in enumerate(bounds):
@@ -141,7 +147,7 @@ def verdict(caption: Caption, shown: dict[str, Scene], tokenizer) -> str:
 
 def sentences(picture: Picture, chosen: int | None = None) -> str:
     """The prompt of a picture as sentences to click; those that no encoder read cannot be."""
-    prompt, buttons = picture.settings.prompt, []
+    prompt, buttons = picture.text, []
     limit = len(prompt) - len(picture.report.dropped)
     for number, (start, stop) in enumerate(sentence_spans(prompt)):
         text = escape(prompt[start:stop].strip())

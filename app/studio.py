@@ -17,6 +17,7 @@ from PIL import Image
 from finelip_diffusion.attention import AttentionMaps, record_attention
 from finelip_diffusion.prompts import LONG_PROMPTS, PromptReport
 from finelip_diffusion.scenes import IMAGE_SIZE
+from finelip_diffusion.weighting import WEIGHTINGS
 
 logger = logging.getLogger("finelip_diffusion.app")
 
@@ -52,6 +53,7 @@ class Settings:
         seed: Of the first picture; the next ones have those that follow.
         num_images: Pictures to draw.
         long_prompt: How the prompt is read.
+        weighting: What brackets in the prompts mean.
         width, height: In pixels; None is the model's own.
 
     Raises:
@@ -65,6 +67,7 @@ class Settings:
     seed: int = 0
     num_images: int = 1
     long_prompt: str = "stretch"
+    weighting: str = "plain"
     width: int | None = None
     height: int | None = None
 
@@ -79,6 +82,8 @@ class Settings:
                 object.__setattr__(self, name, checked_number(value, name))
         if self.long_prompt not in LONG_PROMPTS:
             raise ValueError(f"The strategy must be one of {', '.join(LONG_PROMPTS)}.")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"Brackets must be one of {', '.join(WEIGHTINGS)}.")
 
 
 def checked_text(text: Any, name: str) -> str:
@@ -140,6 +145,11 @@ class Picture:
     seconds: float
     report: PromptReport = field(repr=False)
     maps: AttentionMaps = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        """The prompt as it was read, without the syntax of weights."""
+        return self.report.readings[0].prompt.text
 
 
 @dataclass
@@ -203,9 +213,9 @@ class Studio:
         if visit is not None:
             visit.stop.set()
 
-    def describe(self, prompt: str, long_prompt: str) -> PromptReport:
+    def describe(self, prompt: str, long_prompt: str, weighting: str = "plain") -> PromptReport:
         """What the pipeline reads of a prompt."""
-        return self.pipe.describe_prompt(prompt, long_prompt)
+        return self.pipe.describe_prompt(prompt, long_prompt, weighting)
 
     def draw(self, settings: Settings, stop: threading.Event) -> Iterator[Step | Picture]:
         """Draws one picture after the other; whoever closes the iterator, or sets `stop`, ends the work.
@@ -257,6 +267,7 @@ class Studio:
                             settings.prompt,
                             negative_prompt=settings.negative_prompt or None,
                             long_prompt=settings.long_prompt,
+                            weighting=settings.weighting,
                             num_inference_steps=settings.steps,
                             guidance_scale=settings.guidance_scale,
                             width=settings.width,
@@ -265,7 +276,7 @@ class Studio:
                             callback_on_step_end=after_step,
                         ).images[0]
                 maps.sums = {grid: sums.half().cpu() for grid, sums in maps.sums.items()}
-                report = self.describe(settings.prompt, settings.long_prompt)
+                report = self.describe(settings.prompt, settings.long_prompt, settings.weighting)
                 news.put(Picture(drawn, settings, time.perf_counter() - began, report, maps))
             except BaseException as error:
                 news.put(error)

@@ -103,6 +103,7 @@ def draw(room: studio.Studio, **options) -> list:
         ({"width": 100}, "Width cannot be 100: choose a multiple of 8 from 64 to 2048."),
         ({"height": 10**9}, "Height cannot be 1000000000"),
         ({"long_prompt": "/etc/passwd"}, "The strategy must be one of stretch"),
+        ({"weighting": "/etc/passwd"}, "Brackets must be one of plain"),
     ],
     ids=str,
 )
@@ -133,7 +134,8 @@ def test_the_page_draws_the_pixels_of_the_pipeline(room, pipe):
         assert (picture.settings.seed, picture.settings.num_images) == (seed, 1)
 
 
-def test_every_step_is_told_and_previews_grow_towards_the_picture(room):
+def test_every_step_is_told_and_previews_grow_towards_the_picture(room, monkeypatch):
+    monkeypatch.setattr(studio, "PREVIEW_SHARE", math.inf)  # a preview of every step, however long it takes
     events = draw(room, steps=12)
     picture = np.asarray(events[-1].image, dtype=float)
     assert [event.number for event in events[:-1]] == list(range(1, 13))
@@ -181,8 +183,29 @@ def test_any_text_is_drawn_and_shown_as_text(room, pipe, prompt, long_prompt):
     settings, _ = keepsake.settings_of(keepsake.to_png(picture, NAME))
     assert settings == replace(picture.settings, width=96, height=96)
     stock, long = (pipe.describe_prompt(picture.settings.prompt, how).readings[0] for how in ("truncate", "stretch"))
-    html = panels.reading(picture.settings.prompt, stock, long) + panels.sentences(picture)
+    html = panels.reading(stock, long) + panels.sentences(picture)
     assert "<script>" not in html
+
+
+def test_weights_are_drawn_read_and_listened_to(room, pipe):
+    """Everything that shows the prompt shows it without brackets; the pixels are the pipeline's."""
+    prompt = PROMPT.replace(". ", ". (", 1).replace(". ", ":1.4). ", 2).replace(":1.4). ", ". ", 1)
+    picture = draw(room, prompt=prompt, weighting="a1111", steps=2)[-1]
+    assert (prompt.count("("), picture.text) == (1, PROMPT)
+    assert picture.report.readings[0].weights
+    expected = pipe(
+        prompt,
+        weighting="a1111",
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    assert picture.image.tobytes() == expected.tobytes() != draw(room, prompt=PROMPT, steps=2)[-1].image.tobytes()
+    stock, long = (pipe.describe_prompt(prompt, how, "a1111").readings[0] for how in ("truncate", "stretch"))
+    for html in (panels.reading(stock, long), panels.sentences(picture)):
+        assert "1.4" not in html
+    settings, _ = keepsake.settings_of(keepsake.to_png(picture, NAME))
+    assert settings.weighting == "a1111"
 
 
 @pytest.fixture(scope="module")
@@ -299,9 +322,11 @@ GOOD = {"prompt": "x", "model": "bundled"}
         (png(settings=json.dumps(GOOD | {"guidance_scale": math.nan})), "do not hold"),
         (png(settings=json.dumps(GOOD | {"prompt": "\ud800"})), "do not hold"),
         (png(settings=json.dumps(GOOD | {"long_prompt": {"a": 1}})), "do not hold"),
+        (png(settings=json.dumps(GOOD | {"weighting": ["a1111"]})), "do not hold"),
+        (png(settings=json.dumps(GOOD | {"blend": 0.5})), "a blend of two encoders"),
         (b"\0" * (keepsake.MAX_BYTES + 1), "has 20,000,001 bytes"),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_a_png_that_is_none_or_hostile_is_one_sentence(content, words):
     with pytest.raises(ValueError) as caught:
@@ -324,18 +349,18 @@ def test_what_a_png_names_is_not_opened(tmp_path):
 
 def test_the_reading_marks_every_letter_that_the_stock_encoder_drops(pipe):
     stock, long = (pipe.describe_prompt(PROMPT, how).readings[0] for how in ("truncate", "stretch"))
-    html = panels.reading(PROMPT, stock, long)
+    html = panels.reading(stock, long)
     assert f'<span class="unread">{stock.dropped}</span>' in html
     assert "the 77-token encoder stops here" in html
     assert "185</b> of 77: never reads the last 108" in panels.meter(stock, long)
     long_prompt = PROMPT * 2
     stock, long = (pipe.describe_prompt(long_prompt, how).readings[0] for how in ("truncate", "stretch"))
-    html = panels.reading(long_prompt, stock, long)
-    border = long.offsets[246][0]
+    html = panels.reading(stock, long)
+    border = long.offsets[len(long.windows[0])][0]
     assert f'<span class="cut">window 2</span><span class="further">{long_prompt[border:]}</span>' in html
     short = pipe.describe_prompt("a red star", "truncate").readings[0]
-    assert "unread" not in panels.reading("a red star", short, short)
-    assert panels.reading("", *[pipe.describe_prompt("", "truncate").readings[0]] * 2) == ""
+    assert "unread" not in panels.reading(short, short)
+    assert panels.reading(*[pipe.describe_prompt("", "truncate").readings[0]] * 2) == ""
 
 
 def test_the_verdict_counts_what_the_reader_finds(pipe):
@@ -517,6 +542,8 @@ def test_a_space_is_complete(space):
     assert "app_file: app.py" in front
     project = (ROOT / "pyproject.toml").read_text()
     declared = project.split("\ndependencies = [")[1].split("]")[0].replace('"', "").replace(",", "").split()
+    declared += [part.strip().strip('"') for part in project.split("\napp = [")[1].split("]")[0].split(",")]
+    declared = [part for part in declared if not part.startswith("gradio")]  # a Space has it
     assert (space / "requirements.txt").read_text().split() == declared
 
 

@@ -305,8 +305,8 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_them_in_order(tabs, u
         for _ in range(40):
             page.keyboard.press("Tab")
             reached.append(page.evaluate("document.activeElement.closest('[id]')?.id"))
-        order = ["prompt", "draw", "compare", "stop", "examples", "negative", "strategy", "steps", "guidance", "seed",
-                 "number", "keep-seed"]  # fmt: skip
+        order = ["prompt", "draw", "compare", "stop", "examples", "negative", "strategy", "weighting", "steps",
+                 "guidance", "seed", "number", "keep-seed"]  # fmt: skip
         assert list(dict.fromkeys(name for name in reached if name in order)) == order
 
 
