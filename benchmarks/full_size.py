@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, HfArgumentParser
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
@@ -102,7 +103,7 @@ class Cost(NamedTuple):
     megabytes: float
 
 
-def empty(name: str, args: Arguments) -> nn.Module:
+def empty(name: str, args: Arguments) -> Any:
     """A part of its published size, or a tiny one, without weights.
 
     Raises:
@@ -308,6 +309,20 @@ def print_growth(ours: Any, args: Arguments) -> None:
     print(f"\nover states, time grows with the power {exponents[0]:.2f}, memory with {exponents[1]:.2f}; 1 is linear")
 
 
+def print_operations(args: Arguments) -> None:
+    """What no load disturbs: the floating-point operations of the UNet, which are nearly all of a step."""
+    counts = {}
+    unet = empty("unet", args)
+    for length in LENGTHS:
+        states = torch.empty(2, length, unet.config.cross_attention_dim, device="meta")
+        latents = torch.empty(2, 4, args.latent_size, args.latent_size, device="meta")
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            unet(latents, torch.zeros(2, device="meta"), states)
+        counts[length] = counter.get_total_flops()
+    ratios = ", ".join(f"{count / counts[77]:.3f} at {length}" for length, count in counts.items())
+    print(f"\noperations of a step, of those at 77 tokens: {ratios}")
+
+
 def missed_bars(part: str, costs: dict[Any, list[Cost]]) -> list[str]:
     """A sentence for each bar that is missed by the median ratio of CPU seconds."""
     ratios = {length: ratio(costs[length, "ours"], costs[length, "stock"])[0] for length in LENGTHS}
@@ -346,6 +361,7 @@ def main(args: Arguments) -> None:
         pipes = stable_diffusion(args, unet=True)
         print(f"SD 1.5 without its decoder: stock {gigabytes(pipes[0]):.2f} GB, ours {gigabytes(pipes[2]):.2f} GB")
         compare("step", f"SD 1.5, one step of {size}x{size} latents, guided", steps_of(*pipes, args), args.rounds)
+        print_operations(args)
         del pipes
     if "encoding" in args.parts or "very_long" in args.parts:
         pipes = stable_diffusion(args, unet=False)

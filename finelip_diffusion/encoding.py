@@ -44,11 +44,12 @@ def encode_readings(
         ValueError: If the encoder has no such layer, or a prompt has weights and compel is not installed.
     """
     windows = [window for reading in readings for window in reading.windows]
-    if any(length > reading.length or reading.span_length or reading.window_weights for reading in readings):
+    continued = any(length > reading.length or reading.span_length or reading.window_weights for reading in readings)
+    if continued and () not in windows:
         windows.append(())  # what shorter prompts go on with
     input_ids = torch.tensor([_frame(window, readings[0].window_length, tokenizer) for window in windows])  # (W, T)
     states, pooled = encode_layer(text_encoder, input_ids.to(device), layer, norm)  # (W, T, D), (W, E)
-    empty = states[-1]
+    empty = states[windows.index(()) if continued else -1]
     runs = [run for reading in readings for run in _runs(reading)]
     uneven = [k for k, own in enumerate(runs) if own]
     if uneven:

@@ -117,6 +117,13 @@ def test_full_size_does_the_same_work_on_both_sides(full_size_output: str) -> No
         assert all(float(row[-1]) < 1e-5 for row in rows)  # rounding, where windows make other batches
 
 
+def test_full_size_counts_what_longer_states_add(full_size_output: str) -> None:
+    (ratios,) = re.findall(r"operations of a step.*: (.*) at 77, (.*) at 248, (.*) at 496", full_size_output)
+    one, longer, longest = map(float, ratios)
+    assert one == 1 < longer < longest
+    assert longest - 1 == pytest.approx((496 - 77) / (248 - 77) * (longer - 1), abs=2e-3)  # printed to three digits
+
+
 def test_full_size_reads_very_long_prompts_in_windows(full_size_output: str) -> None:
     rows = table_of(full_size_output.split("very long")[1].split("\n\n")[1])
     assert [rows[str(tokens)][0] % 248 for tokens in (300, 600, 900)] == [0, 0, 0]

@@ -517,6 +517,7 @@ def train_long_clip(args: Arguments) -> None:
         "lr_warmup_steps": min(60, args.long_clip_steps),
         "max_train_steps": args.long_clip_steps,
         "length_bucketing": True,
+        "num_validation_examples": min(512, args.num_scenes),
         "mixed_precision": args.mixed_precision,
         "checkpointing_steps": args.checkpointing_steps,
         "checkpoints_total_limit": 1,
