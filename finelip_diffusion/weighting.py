@@ -190,6 +190,9 @@ def encode_layer(
     Raises:
         ValueError: If the encoder has no such layer.
     """
+    if layer == -1 and norm:  # the encoder's own output: no need to keep the states of every layer
+        output = text_encoder(input_ids, attention_mask)
+        return output.last_hidden_state, getattr(output, "text_embeds", None)
     output = text_encoder(input_ids, attention_mask, output_hidden_states=True)
     if not -len(output.hidden_states) <= layer <= -1:
         layers = len(output.hidden_states) - 1
