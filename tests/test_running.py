@@ -9,6 +9,7 @@ from accelerate import cpu_offload, dispatch_model
 from conftest import WIDTH, tiny_unet
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from packaging.version import Version
 from torch import nn
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
@@ -147,6 +148,9 @@ def test_an_encoder_with_hooks_is_stretched_with_them(_stock, text_of):
 # Compiling
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"), reason="dynamo of torch 2.6 fails in transformers' own CLIPTextModel"
+)
 @pytest.mark.parametrize("kind", ["sd"], indirect=True)
 def test_compiled_models(pipe, kind, plain, text_of):
     """Traced whole by dynamo, run as they are; a compiler behind it would round otherwise."""

@@ -269,8 +269,8 @@ def test_half_precision(pipe, dtype):
     states = embed(half, WEIGHTED[3][0], weighting="a1111")
     assert states.dtype == dtype
     full = embed(pipe, WEIGHTED[3][0], weighting="a1111")
-    # states are of order 1: a few roundings of the narrower type
-    torch.testing.assert_close(states.float(), full, rtol=0, atol=16 * torch.finfo(dtype).eps)
+    # states are of order 1, and a layer rounds many times
+    assert (states.float() - full).square().mean().sqrt() < 4 * torch.finfo(dtype).eps
 
 
 def test_negative_prompts_and_batches_have_weights_too(pipe, text_of):
