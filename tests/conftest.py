@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -163,6 +164,14 @@ def make_stable_diffusion_xl(second_width: int = WIDTH) -> StableDiffusionXLPipe
     return pipe
 
 
+def pixels(
+    pipe: Any, prompt: str | list[str] | None = None, seed: int = 0, steps: int = 2, **kwargs: Any
+) -> torch.Tensor:
+    """(N, H, W, 3): what a pipeline draws from the noise of a seed."""
+    kwargs = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed), **kwargs}
+    return torch.from_numpy(np.asarray(pipe(prompt, output_type="np", **kwargs).images))
+
+
 @pytest.fixture(scope="session")
 def stable_diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stable_diffusion")
@@ -178,11 +187,19 @@ def stable_diffusion_xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def finelip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A "trained" long encoder (other weights than the base's), with a UNet adapted to it."""
-    folder = tmp_path_factory.mktemp("finelip")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A "trained" long encoder: other weights than the base's."""
+    folder = tmp_path_factory.mktemp("encoder")
     tiny_text_encoder(7, positions=248).save_pretrained(folder / "text_encoder")
     clip_tokenizer(248).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finelip_folder(encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with a UNet adapted to it."""
+    folder = tmp_path_factory.mktemp("finelip")
+    shutil.copytree(encoder_folder, folder, dirs_exist_ok=True)
     tiny_unet(8).save_pretrained(folder / "unet")
     return folder
 

@@ -2,9 +2,10 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
+import conftest
 import diffusers
-import numpy as np
 import pytest
 import torch
 from compel import Compel, CompelForSD, CompelForSDXL, ReturnedEmbeddingsType
@@ -30,9 +31,7 @@ UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj")
 TEXT_LAYERS = ("q_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
-def pixels(pipe, prompt=None, **kwargs):
-    kwargs = {"num_inference_steps": 1, "generator": torch.Generator().manual_seed(0), **kwargs}
-    return torch.from_numpy(np.asarray(pipe(prompt, output_type="np", **kwargs).images))
+pixels = partial(conftest.pixels, steps=1)
 
 
 def embed(pipe, prompt, negative_prompt=None, **kwargs):

@@ -1,8 +1,9 @@
 """Models beside Stable Diffusion 1 and XL: 2.x, 3 and Flux with long prompts, and what `attach` refuses."""
 
 import copy
+from functools import partial
 
-import numpy as np
+import conftest
 import pytest
 import torch
 from conftest import LAYERS, WIDTH, tiny_scheduler, tiny_text_encoder, tiny_unet, tiny_vae
@@ -36,9 +37,7 @@ CPU = torch.device("cpu")
 WORDS = ["red", "cat", "under", "a", "green", "tree", "beside", "two", "blue", "dogs", "asleep", ".", "crown"]
 
 
-def pixels(pipe, prompt, **call):
-    call = {"num_inference_steps": 1, "generator": torch.Generator().manual_seed(0), **call}
-    return torch.from_numpy(np.asarray(pipe(prompt, output_type="np", **call).images))
+pixels = partial(conftest.pixels, steps=1)
 
 
 @pytest.fixture

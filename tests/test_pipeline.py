@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from compel import Compel, SplitLongTextMode
-from conftest import LAYERS, WIDTH, tiny_text_encoder, tiny_unet
+from conftest import LAYERS, WIDTH, pixels, tiny_text_encoder, tiny_unet
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, attach
@@ -47,11 +46,6 @@ def _untrained(_stock):
 def untrained(_untrained):
     """The base's own encoder, stretched, and the base's own UNet."""
     return copy.copy(_untrained)
-
-
-def pixels(pipe, prompt=None, seed=0, **kwargs):
-    kwargs = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(seed), **kwargs}
-    return torch.from_numpy(np.asarray(pipe(prompt, output_type="np", **kwargs).images))
 
 
 def embed(pipe, prompt, negative_prompt=None, **kwargs):

@@ -4,10 +4,9 @@ import copy
 import logging
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import WIDTH, tiny_text_encoder
+from conftest import WIDTH, pixels, tiny_text_encoder
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
 from finelip_diffusion import FineLIPStableDiffusionXLPipeline
@@ -21,15 +20,6 @@ DEVICE = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    """A "trained" long CLIP-L."""
-    folder = tmp_path_factory.mktemp("finelip_xl")
-    tiny_text_encoder(7, positions=248).save_pretrained(folder / "text_encoder")
-    clip_tokenizer(248).save_pretrained(folder / "tokenizer")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def _pipe(_stock_xl, encoder_folder):
     pipe = FineLIPStableDiffusionXLPipeline(**_stock_xl.components, finelip=encoder_folder, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
@@ -39,11 +29,6 @@ def _pipe(_stock_xl, encoder_folder):
 @pytest.fixture
 def pipe(_pipe):
     return copy.copy(_pipe)
-
-
-def pixels(pipe, prompt=None, seed=0, **kwargs):
-    kwargs = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(seed), **kwargs}
-    return torch.from_numpy(np.asarray(pipe(prompt, output_type="np", **kwargs).images))
 
 
 @pytest.mark.parametrize(

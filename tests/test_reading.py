@@ -4,15 +4,13 @@ import copy
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
-from conftest import WIDTH, tiny_text_encoder
+from conftest import WIDTH, pixels
 from safetensors.torch import save_file
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline, PromptEmbeds
 from finelip_diffusion.prompts import LONG_PROMPTS, read_prompt
-from finelip_diffusion.tokenizer import clip_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -31,11 +29,8 @@ def pipe(_pipe):
 
 
 @pytest.fixture(scope="module")
-def _pipe_xl(_stock_xl, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finelip_xl")
-    tiny_text_encoder(7, positions=248).save_pretrained(folder / "text_encoder")
-    clip_tokenizer(248).save_pretrained(folder / "tokenizer")
-    pipe = FineLIPStableDiffusionXLPipeline(**_stock_xl.components, finelip=folder, add_watermarker=False)
+def _pipe_xl(_stock_xl, encoder_folder):
+    pipe = FineLIPStableDiffusionXLPipeline(**_stock_xl.components, finelip=encoder_folder, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -43,11 +38,6 @@ def _pipe_xl(_stock_xl, tmp_path_factory):
 @pytest.fixture
 def pipe_xl(_pipe_xl):
     return copy.copy(_pipe_xl)
-
-
-def pixels(pipe, prompt=None, seed=0, **kwargs):
-    kwargs = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(seed), **kwargs}
-    return torch.from_numpy(np.asarray(pipe(prompt, output_type="np", **kwargs).images))
 
 
 def embed(pipe, prompt, **kwargs):

@@ -1,8 +1,9 @@
 """How a pipeline runs changes nothing of what it draws: offloading, compiling, dtypes, layouts, attention, VAE."""
 
 import copy
+from functools import partial
 
-import numpy as np
+import conftest
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
@@ -18,9 +19,7 @@ from finelip_diffusion.prompts import LONG_PROMPTS
 STRATEGIES = [how for how in LONG_PROMPTS if how != "auto"]  # which is one of two others
 
 
-def pixels(pipe, prompt, **kwargs):
-    kwargs = {"num_inference_steps": 1, "generator": torch.Generator().manual_seed(0), **kwargs}
-    return torch.from_numpy(np.asarray(pipe(prompt, output_type="np", **kwargs).images))
+pixels = partial(conftest.pixels, steps=1)
 
 
 def models(pipe) -> dict[str, nn.Module]:

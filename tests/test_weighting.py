@@ -8,11 +8,10 @@ import sys
 import pytest
 import torch
 from compel import Compel, ReturnedEmbeddingsType, SplitLongTextMode
-from conftest import WIDTH, tiny_text_encoder
+from conftest import WIDTH
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
 from finelip_diffusion.prompts import LONG_PROMPTS
-from finelip_diffusion.tokenizer import clip_tokenizer
 from finelip_diffusion.weighting import parse_weights
 
 CPU = torch.device("cpu")
@@ -29,11 +28,8 @@ def pipe(_pipe):
 
 
 @pytest.fixture(scope="module")
-def pipe_xl(_stock_xl, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finelip_xl")
-    tiny_text_encoder(7, positions=248).save_pretrained(folder / "text_encoder")
-    clip_tokenizer(248).save_pretrained(folder / "tokenizer")
-    return FineLIPStableDiffusionXLPipeline(**_stock_xl.components, finelip=folder, add_watermarker=False)
+def pipe_xl(_stock_xl, encoder_folder):
+    return FineLIPStableDiffusionXLPipeline(**_stock_xl.components, finelip=encoder_folder, add_watermarker=False)
 
 
 def embed(pipe, prompt, **kwargs):
