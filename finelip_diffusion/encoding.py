@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from .checkpoints import write_safetensors
 from .prompts import Reading, Run, Window
 from .text_encoder import TextEncoder
 from .weighting import encode_layer, weigh
@@ -137,13 +137,20 @@ class PromptEmbeds(Mapping[str, Tensor]):
         return sum(1 for _ in self)  # tuple() would ask for the length
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all."""
+        """Writes a safetensors file, whole or not at all.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.part")
         tensors = {name: tensor.contiguous() for name, tensor in self.items()}
-        save_file(tensors, partial, metadata={"format": "pt", **self.metadata})
-        partial.replace(path)
+        try:
+            write_safetensors(tensors, partial, {"format": "pt", **self.metadata})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "PromptEmbeds":

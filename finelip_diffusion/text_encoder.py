@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.activations import ACT2FN
@@ -27,6 +26,7 @@ from .checkpoints import (
     read_configuration,
     read_json,
     text_weights,
+    write_safetensors,
 )
 from .locations import configuration_folder, encoder_folder, locate
 from .positions import KEPT_POSITIONS, find_ratio, stretch_positions, stretched_length
@@ -219,7 +219,7 @@ def save_checkpoint(
     metadata = {"format": "pt", CONFIGURATION: json.dumps(config.to_dict())}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as stage:
-        save_file(tensors, Path(stage, path.name), metadata=metadata)
+        write_safetensors(tensors, Path(stage, path.name), metadata)
         Path(stage, path.name).replace(path)
     return path
 
@@ -401,7 +401,8 @@ def _write_encoder(text_encoder: TextEncoder, folder: Path) -> None:
     """A `save_pretrained` whose names begin with `text_model.`, which transformers 4 needs and 5 understands."""
     folder.mkdir()
     _saved_config(text_encoder).save_pretrained(folder)
-    save_file(huggingface_layout(_canonical(text_encoder)), folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = huggingface_layout(_canonical(text_encoder))
+    write_safetensors(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def _canonical(text_encoder: TextEncoder) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline, PromptEmbeds
 from finelip_diffusion.prompts import LONG_PROMPTS, read_prompt
+from finelip_diffusion.text_encoder import save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -240,3 +242,20 @@ def test_files_that_hold_no_prompts_are_refused(tmp_path):
             PromptEmbeds.load(tmp_path / f"{name}.safetensors")
     with pytest.raises(FileNotFoundError, match="missing"):
         PromptEmbeds.load(tmp_path / "missing.safetensors")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(pipe, tmp_path):
+    """A limit on the size of files stands for the disk."""
+    path, usual = tmp_path / "prompt.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    pipe.encode("a cat").save(path)
+    before, embeds = path.read_bytes(), pipe.encode("two dogs")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written .*: make room, or choose another place"):
+            embeds.save(path)
+        with pytest.raises(OSError, match="cannot be written .*: make room, or choose another place"):
+            save_checkpoint(pipe.text_encoder, pipe.tokenizer, tmp_path / "encoder.safetensors", layout="comfyui")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["prompt.safetensors"]
