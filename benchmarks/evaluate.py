@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from finelip_diffusion.features import Extractor, extract, load_extractor, statistics_of
+from finelip_diffusion.evaluation.features import Extractor, extract, load_extractor, statistics_of
 from finelip_diffusion.metrics import frechet_distance
 from finelip_diffusion.scenes import render, sample_scene
 

@@ -24,10 +24,10 @@ FORKS.set_forkserver_preload(
         "datasets",
         "tensorboard",
         "torchvision",
-        "finelip_diffusion.data",
+        "finelip_diffusion.data.datasets",
         "finelip_diffusion.objective",
         "finelip_diffusion.pipeline",
-        "finelip_diffusion.report",
+        "finelip_diffusion.evaluation.report",
     ]
 )
 

@@ -14,7 +14,7 @@ from torchmetrics.multimodal import CLIPScore
 from transformers import CLIPModel, CLIPTokenizer
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
-from finelip_diffusion.adherence import (
+from finelip_diffusion.evaluation.adherence import (
     TOKEN_EDGES,
     Judge,
     Sentences,

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from finelip_diffusion.batches import BUCKET_WINDOW, Collator, StepSampler, make_loader
-from finelip_diffusion.data import Example, ScenesDataset, TarDataset, open_dataset
+from finelip_diffusion.data.batches import BUCKET_WINDOW, Collator, StepSampler, make_loader
+from finelip_diffusion.data.datasets import Example, ScenesDataset, TarDataset, open_dataset
+from finelip_diffusion.data.sources import Skip
 from finelip_diffusion.scenes import render, sample_scene
-from finelip_diffusion.sources import Skip
 
 
 @pytest.fixture(scope="session")

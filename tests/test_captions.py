@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from finelip_diffusion.captions import (
+from finelip_diffusion.data.captions import (
     CAPTION_MODES,
     draw_captions,
     draw_padding,

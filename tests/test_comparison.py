@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
-from finelip_diffusion import comparison
-from finelip_diffusion.adherence import Judge
-from finelip_diffusion.comparison import Findings, about, distances
-from finelip_diffusion.drawing import Condition, Prompt
+from finelip_diffusion.evaluation import comparison
+from finelip_diffusion.evaluation.adherence import Judge
+from finelip_diffusion.evaluation.comparison import Findings, about, distances
+from finelip_diffusion.evaluation.images import Condition, Prompt
 from finelip_diffusion.metrics import cmmd, frechet_intervals, kernel_distance
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finelip_diffusion.data import (
+from finelip_diffusion.data.datasets import (
     RecordDataset,
     ScenesDataset,
     SkipLog,
@@ -19,8 +19,8 @@ from finelip_diffusion.data import (
     TarDataset,
     open_dataset,
 )
+from finelip_diffusion.data.sources import Record, Skip, Unusable, captions_of, expand_shards, open_image, read_records
 from finelip_diffusion.scenes import read
-from finelip_diffusion.sources import Record, Skip, Unusable, captions_of, expand_shards, open_image, read_records
 
 
 def colour(number: int) -> tuple[int, int, int]:

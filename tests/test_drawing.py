@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
-from finelip_diffusion.drawing import (
+from finelip_diffusion.evaluation.images import (
     Condition,
     Noise,
     Prompt,

@@ -17,7 +17,7 @@ import pytest
 import scripts
 from PIL import Image
 
-from finelip_diffusion.drawing import BASELINE
+from finelip_diffusion.evaluation.images import BASELINE
 from finelip_diffusion.metrics import FeatureStatistics, frechet_distance
 from finelip_diffusion.scenes import describe, render, sample_scene
 

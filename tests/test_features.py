@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
-from finelip_diffusion.features import (
+from finelip_diffusion.evaluation.features import (
     FEATURE_SPACES,
     Extractor,
     extract,

@@ -11,8 +11,8 @@ import yaml
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from finelip_diffusion.batches import Collator
-from finelip_diffusion.data import ScenesDataset
+from finelip_diffusion.data.batches import Collator
+from finelip_diffusion.data.datasets import ScenesDataset
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel
 from finelip_diffusion.objective import HEADS, SIGMOID_BIAS, Objective, TrainingStep, cached_backward
 from finelip_diffusion.pipeline import BUNDLED_MODEL

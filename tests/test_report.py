@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finelip_diffusion.report import LARGEST_PICTURE, MARKERS, markdown, tables, verdict, write_report
+from finelip_diffusion.evaluation.report import LARGEST_PICTURE, MARKERS, markdown, tables, verdict, write_report
 from finelip_diffusion.scenes import render, sample_scene, vary
 
 PROMPT = "A <script>alert('x')</script> & a <b>red</b> star, " + "far" * 90 + ", then a blue cross at the end."

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTokenizer
 
-from finelip_diffusion import retrieval
-from finelip_diffusion.data import Example
-from finelip_diffusion.model import FineLIPConfig, FineLIPModel
-from finelip_diffusion.pipeline import BUNDLED_MODEL
-from finelip_diffusion.retrieval import (
+from finelip_diffusion.data.datasets import Example
+from finelip_diffusion.data.sources import Skip
+from finelip_diffusion.evaluation import retrieval
+from finelip_diffusion.evaluation.retrieval import (
     bootstrap_interval,
     embed_gallery,
     evaluate,
@@ -22,8 +21,9 @@ from finelip_diffusion.retrieval import (
     ranks,
     scenes_gallery,
 )
+from finelip_diffusion.model import FineLIPConfig, FineLIPModel
+from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import describe, render, sample_scene
-from finelip_diffusion.sources import Skip
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from finelip_diffusion.attention import AttentionMaps, record_attention
+from finelip_diffusion.evaluation.retrieval import bootstrap_interval
 from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
 from finelip_diffusion.prompts import LongPrompt, PromptReport, sentence_spans
-from finelip_diffusion.retrieval import bootstrap_interval
 from finelip_diffusion.scenes import CELL_SIZE, describe, sample_scene
 
 STRATEGIES: tuple[LongPrompt, ...] = ("stretch", "truncate", "chunk", "segment")

@@ -32,7 +32,8 @@ from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, HfArgumentParser
 
-from finelip_diffusion.adherence import (
+from finelip_diffusion.data.datasets import SkipLog, open_dataset
+from finelip_diffusion.evaluation.adherence import (
     Judge,
     change_ending,
     change_scene,
@@ -41,9 +42,9 @@ from finelip_diffusion.adherence import (
     sentences_of,
     stock_border,
 )
-from finelip_diffusion.comparison import Eye, compare, reference_file
-from finelip_diffusion.data import SkipLog, open_dataset
-from finelip_diffusion.drawing import (
+from finelip_diffusion.evaluation.comparison import Eye, compare, reference_file
+from finelip_diffusion.evaluation.features import load_extractor
+from finelip_diffusion.evaluation.images import (
     BASELINE,
     STRATEGIES,
     Condition,
@@ -62,9 +63,8 @@ from finelip_diffusion.drawing import (
     read_conditions,
     save_image,
 )
-from finelip_diffusion.features import load_extractor
+from finelip_diffusion.evaluation.report import write_report
 from finelip_diffusion.metrics import STOCK_CONTENT_TOKENS, state_drift
-from finelip_diffusion.report import write_report
 from finelip_diffusion.scenes import describe, render, sample_scene
 
 FEW, MANY = (1, 3), (4, 9)  # objects in a short and in a long prompt of scenes

@@ -5,7 +5,7 @@
         --data scenes data/Urban1k data/docci --output_dir runs/retrieval --batch_size 128 --mixed_precision bf16
 
 A gallery is `scenes` (held-out near-duplicates that only text behind token 77 tells apart) or whatever
-`finelip_diffusion.data.open_dataset` reads: Urban1k, DOCCI, COCO, Karpathy's files of COCO and Flickr30k,
+`finelip_diffusion.data.datasets.open_dataset` reads: Urban1k, DOCCI, COCO, Karpathy's files of COCO and Flickr30k,
 imagefolders, JSON lines. `OUTPUT_DIR/report.json` has each figure with its 95% bootstrap interval, the rank of every
 query and the tokens read of every caption; `report.md` has the main ones as tables. docs/retrieval.md says what they
 mean.
@@ -21,10 +21,10 @@ from torch.utils.data import IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from finelip_diffusion.data import open_dataset
+from finelip_diffusion.data.datasets import open_dataset
+from finelip_diffusion.evaluation.retrieval import VIEWS, embed_gallery, evaluate, scenes_gallery
 from finelip_diffusion.locations import locate
 from finelip_diffusion.model import GLOBAL_SHARE, load_clip
-from finelip_diffusion.retrieval import VIEWS, embed_gallery, evaluate, scenes_gallery
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 COLUMNS = ("R@1", "R@5", "R@10", "group_R@1")

@@ -43,9 +43,9 @@ from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from finelip_diffusion import retrieval
-from finelip_diffusion.batches import Collator, make_loader
-from finelip_diffusion.data import SkipLog, open_dataset
+from finelip_diffusion.data.batches import Collator, make_loader
+from finelip_diffusion.data.datasets import SkipLog, open_dataset
+from finelip_diffusion.evaluation import retrieval
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel, load_clip
 from finelip_diffusion.objective import Objective, Representations, TrainingStep, cached_backward
 from finelip_diffusion.recipes import Recipe, read_recipe

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from ..text_encoder import MAX_LENGTH
 from .captions import CAPTION_MODES, CaptionMode, draw_captions, draw_padding, draw_random_prompt, draw_short_prompt
-from .data import CaptionDataset, Example, TarDataset, stable_hash
-from .text_encoder import MAX_LENGTH
+from .datasets import CaptionDataset, Example, TarDataset, stable_hash
 
 BUCKET_WINDOW = 50  # batches whose examples are sorted by length together
 KEPT_LENGTH = 77  # tokens that the stock encoder reads

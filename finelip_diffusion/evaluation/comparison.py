@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..metrics import STOCK_CONTENT_TOKENS, cmmd_intervals, frechet_intervals, kernel_distance, small_sample
+from ..scenes import Caption
 from .adherence import (
     Figure,
     Judge,
@@ -27,10 +29,8 @@ from .adherence import (
     reading,
     stock_border,
 )
-from .drawing import BASELINE, Condition, Prompt
 from .features import Extractor
-from .metrics import STOCK_CONTENT_TOKENS, cmmd_intervals, frechet_intervals, kernel_distance, small_sample
-from .scenes import Caption
+from .images import BASELINE, Condition, Prompt
 
 Eye = Extractor | Judge
 """What turns images into vectors: features for a distance, or a CLIP's embeddings for scores."""

@@ -16,11 +16,11 @@ from diffusers import DiffusionPipeline, StableDiffusionXLImg2ImgPipeline, UNet2
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..locations import locate
+from ..pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
+from ..prompts import LongPrompt
+from ..scenes import Scene
 from .adherence import Change
-from .locations import locate
-from .pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
-from .prompts import LongPrompt
-from .scenes import Scene
 
 BASELINE = "truncate"
 STRATEGIES: dict[str, tuple[LongPrompt, str]] = {

@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .checkpoints import read_checkpoint
-from .locations import locate
-from .metrics import FeatureStatistics
-from .model import FineLIPModel
-from .sources import Unusable, open_image
+from ..checkpoints import read_checkpoint
+from ..data.sources import Unusable, open_image
+from ..locations import locate
+from ..metrics import FeatureStatistics
+from ..model import FineLIPModel
 
 # Of the resizing to Inception's 299 pixels: torchmetrics' default; TensorFlow and pytorch-fid have none.
 ANTIALIAS = True

@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from .prompts import sentence_bounds
+from ..prompts import sentence_bounds
 
 CaptionMode = Literal["full", "first_sentence", "debias", "sub_captions"]
 CAPTION_MODES: tuple[str, ...] = get_args(CaptionMode)

@@ -14,12 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
-from .captions import sentence_runs
-from .data import GROUP_SIZE, Example
-from .metrics import ATTRIBUTES, STOCK_CONTENT_TOKENS, fact_tokens
-from .model import GLOBAL_SHARE, FineLIPModel, FineLIPOutput
-from .scenes import Caption, Object, Scene, describe, render, sample_scene
-from .sources import Skip
+from ..data.captions import sentence_runs
+from ..data.datasets import GROUP_SIZE, Example
+from ..data.sources import Skip
+from ..metrics import ATTRIBUTES, STOCK_CONTENT_TOKENS, fact_tokens
+from ..model import GLOBAL_SHARE, FineLIPModel, FineLIPOutput
+from ..scenes import Caption, Object, Scene, describe, render, sample_scene
 
 RECALL_AT = (1, 5, 10)
 VIEWS = ("whole", "without_first", "first_last", "truncated")
@@ -468,7 +468,7 @@ def scenes_gallery(num_groups: int = 128, seed: int = 0) -> SceneGallery:
         num_groups: of eight scenes. The first groups are the same, however many there are.
         seed: any integer.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(Path(__file__).parent / "bundled" / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(Path(__file__).parents[1] / "bundled" / "tokenizer")
     pairs: list[tuple[Scene, Caption]] = []
     for group in range(num_groups):
         pairs += _late_group(tokenizer, 6 + group % 4, random.Random(f"gallery {seed} {group}"))

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPTokenizer, PreTrainedTokenizerBase
 
-from .metrics import STOCK_CONTENT_TOKENS, as_record, findings
-from .model import FineLIPModel, load_clip
-from .prompts import sentence_bounds
+from ..metrics import STOCK_CONTENT_TOKENS, as_record, findings
+from ..model import FineLIPModel, load_clip
+from ..prompts import sentence_bounds
+from ..scenes import CELL_SIZE, Caption, Scene, describe, read
 from .retrieval import alterations, bootstrap_interval
-from .scenes import CELL_SIZE, Caption, Scene, describe, read
 
 TOKEN_EDGES = (0, 40, 76, 110, 150, 190, 249, 350, 500)
 """Where the parts of a prompt begin, counted in tokens; the start token is 0, a stock encoder reads up to 75."""

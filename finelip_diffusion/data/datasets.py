@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from .scenes import Scene, describe, render, sample_scene, vary
+from ..scenes import Scene, describe, render, sample_scene, vary
 from .sources import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,

@@ -1,0 +1,1 @@
+"""What pictures and text states are worth: features, judges, retrieval, comparisons and their reports."""

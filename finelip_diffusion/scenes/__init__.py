@@ -1,0 +1,43 @@
+"""The bundled world: scenes of colored shapes on a 3x3 grid, their long captions, and a reader of images."""
+
+from .world import (
+    BACKGROUNDS,
+    CELL_SIZE,
+    COLOURS,
+    IMAGE_SIZE,
+    PLACES,
+    SHAPES,
+    SIZE_WORDS,
+    SIZES,
+    Caption,
+    Fact,
+    Object,
+    Scene,
+    describe,
+    find_facts,
+    read,
+    render,
+    sample_scene,
+    vary,
+)
+
+__all__ = [
+    "BACKGROUNDS",
+    "CELL_SIZE",
+    "COLOURS",
+    "IMAGE_SIZE",
+    "PLACES",
+    "SHAPES",
+    "SIZES",
+    "SIZE_WORDS",
+    "Caption",
+    "Fact",
+    "Object",
+    "Scene",
+    "describe",
+    "find_facts",
+    "read",
+    "render",
+    "sample_scene",
+    "vary",
+]
