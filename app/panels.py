@@ -8,9 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from studio import Picture, Step
 
-from finelip_diffusion.metrics import findings
 from finelip_diffusion.prompts import Reading, sentence_spans
-from finelip_diffusion.scenes import PLACES, Caption, Scene
+from finelip_diffusion.scenes import PLACES, Caption, Scene, findings
 
 STRATEGIES = {  # long_prompt: what the page calls it
     "stretch": "FineLIP: windows of 248 tokens",
@@ -126,7 +125,7 @@ def verdict(caption: Caption, shown: dict[str, Scene], tokenizer) -> str:
     body = []
     for index, fact in enumerate(caption.facts):
         item = fact.object
-        behind = next(iter(found.values()))[index].behind
+        behind = next(iter(found.values()))[index].after
         words = f"{item.size} {item.colour} {item.shape} <small>{PLACES[item.cell][0]}</small>"
         cells = []
         for name, scene in shown.items():

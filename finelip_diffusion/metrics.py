@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
-from .scenes import COLOURS, SHAPES, SIZES, Caption, Scene, describe, sample_scene
+from .scenes import ATTRIBUTES, describe, fact_tokens, sample_scene
 
-STOCK_CONTENT_TOKENS = 75  # what a 77-token encoder reads beside its start and end tokens
-ATTRIBUTES = {"cell": tuple(range(9)), "colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES)}
 BLOCK = 1024  # rows that are taken into float64, or compared with as many others, at once
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # as its authors have them
 
@@ -404,64 +401,6 @@ def _mean_kernel(x: np.ndarray, y: np.ndarray, sigma: float) -> float:
 # --------------------------------------------------------------------------------------- prompts, images, text states
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Whether an image shows one object of its prompt.
-
-    Attributes:
-        token: index of the last token of the fact, the start token being 0.
-        behind: whether that token lies behind what a 77-token encoder reads.
-        filled: whether anything stands in the object's cell.
-        shape, colour, size: whether the attribute of what stands there is right.
-    """
-
-    token: int
-    behind: bool
-    filled: bool
-    shape: bool
-    colour: bool
-    size: bool
-
-    @property
-    def found(self) -> bool:
-        """Shape and colour and size, in the right cell."""
-        return self.shape and self.colour and self.size
-
-
-def fact_tokens(caption: Caption, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
-    """First and last token index of each fact of a caption; the start token has index 0."""
-    encoding = tokenizer(str(caption), return_offsets_mapping=True, add_special_tokens=False, verbose=False)
-    offsets = encoding.offset_mapping
-    spans = []
-    for fact in caption.facts:
-        inside = [index for index, (start, end) in enumerate(offsets) if start >= fact.start and end <= fact.end]
-        spans.append((inside[0] + 1, inside[-1] + 1))
-    return spans
-
-
-def findings(caption: Caption, shown: Scene, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
-    """Compares a caption, fact by fact, with the scene that an image shows.
-
-    Args:
-        caption: from `scenes.describe`.
-        shown: from `scenes.read`.
-        tokenizer: counts the tokens; CLIP's.
-    """
-    cells = {item.cell: item for item in shown.objects}
-    result = []
-    for fact, (_, last) in zip(caption.facts, fact_tokens(caption, tokenizer), strict=True):
-        item = cells.get(fact.object.cell)
-        right = {name: item is not None and getattr(item, name) == getattr(fact.object, name) for name in
-                 ("shape", "colour", "size")}  # fmt: skip
-        result.append(Finding(token=last, behind=last > STOCK_CONTENT_TOKENS, filled=item is not None, **right))
-    return result
-
-
-def as_record(finding: Finding) -> dict[str, bool | int]:
-    """A finding as plain data."""
-    return asdict(finding) | {"found": finding.found}
-
-
 def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
     """Accuracy of a linear classifier, fitted by ridge regression to one-hot labels.
 
@@ -522,8 +461,7 @@ def probe_text_states(
 
 
 def _class(item: object, name: str) -> int:
-    values: Sequence[object] = ATTRIBUTES[name]
-    return values.index(getattr(item, name))
+    return ATTRIBUTES[name].index(getattr(item, name))
 
 
 @torch.inference_mode()

@@ -30,11 +30,10 @@ from finelip_diffusion.evaluation.adherence import (
     prediction_drift,
     reading,
     sentences_of,
-    stock_border,
 )
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.prompts import read_prompt
-from finelip_diffusion.scenes import CELL_SIZE, describe, render, sample_scene
+from finelip_diffusion.scenes import CELL_SIZE, describe, render, sample_scene, stock_border
 
 
 @pytest.fixture(scope="module")

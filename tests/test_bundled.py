@@ -7,9 +7,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline
-from finelip_diffusion.metrics import findings, probe_text_states
+from finelip_diffusion.metrics import probe_text_states
 from finelip_diffusion.pipeline import BUNDLED_MODEL
-from finelip_diffusion.scenes import CELL_SIZE, COLOURS, describe, read, sample_scene
+from finelip_diffusion.scenes import CELL_SIZE, COLOURS, describe, findings, read, sample_scene
 from finelip_diffusion.tokenizer import clip_tokenizer
 
 NUM_PROMPTS = 16
@@ -73,7 +73,7 @@ def test_the_long_encoder_draws_what_stands_behind_token_77(pipe, captions) -> N
             finding.found
             for caption, image in zip(captions, images, strict=True)
             for finding in findings(caption, read(image), pipe.tokenizer)
-            if finding.behind
+            if finding.after
         ]
         recall[strategy] = np.mean(late)
     assert recall["stretch"] >= 0.75, recall

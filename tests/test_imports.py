@@ -31,7 +31,7 @@ LINES = {
         "pipeline",
         "attention",
     ],
-    "world": ["scenes.world", "scenes", "metrics"],
+    "world": ["scenes.world", "scenes.words", "scenes.facts", "scenes.wordings", "scenes", "metrics"],
     "data": ["data", "data.captions", "data.sources", "data.datasets", "data.batches"],
     "train": ["refinement", "scores", "losses", "preservation", "recipes", "model", "objective"],
     "judge": [

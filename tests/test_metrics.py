@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import LAYERS, WIDTH, tiny_text_encoder
 
-from finelip_diffusion.metrics import fact_tokens, findings, linear_probe, state_drift
-from finelip_diffusion.scenes import Scene, describe, read, render, sample_scene
+from finelip_diffusion.metrics import linear_probe, state_drift
+from finelip_diffusion.scenes import Scene, describe, fact_tokens, findings, read, render, sample_scene
 
 
 def test_a_rendered_scene_shows_all_of_its_caption_and_another_does_not(tokenizer) -> None:
@@ -23,7 +23,7 @@ def test_facts_are_behind_when_a_77_token_encoder_cuts_them(tokenizer) -> None:
         caption = describe(sample_scene(seed), seed)
         for finding, fact in zip(findings(caption, sample_scene(0), tokenizer), caption.facts, strict=True):
             cut = len(tokenizer(caption[: fact.end]).input_ids) > 77
-            assert finding.behind == cut
+            assert finding.after == cut
 
 
 def test_fact_tokens_cover_the_words_of_the_fact(tokenizer) -> None:

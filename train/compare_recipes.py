@@ -30,11 +30,11 @@ from finelip_diffusion.evaluation.retrieval import (
     evaluate,
     scenes_gallery,
 )
-from finelip_diffusion.metrics import ATTRIBUTES, probe_text_states, state_drift
+from finelip_diffusion.metrics import probe_text_states, state_drift
 from finelip_diffusion.model import load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.positions import STOCK_POSITIONS
-from finelip_diffusion.scenes import describe, sample_scene
+from finelip_diffusion.scenes import ATTRIBUTES, describe, sample_scene
 from finelip_diffusion.text_encoder import MAX_LENGTH, load_text_encoder
 
 HERE = Path(__file__).parent

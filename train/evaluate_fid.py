@@ -40,7 +40,6 @@ from finelip_diffusion.evaluation.adherence import (
     load_judge,
     prediction_drift,
     sentences_of,
-    stock_border,
 )
 from finelip_diffusion.evaluation.comparison import Eye, compare, reference_file
 from finelip_diffusion.evaluation.features import load_extractor
@@ -64,8 +63,8 @@ from finelip_diffusion.evaluation.images import (
     save_image,
 )
 from finelip_diffusion.evaluation.report import write_report
-from finelip_diffusion.metrics import STOCK_CONTENT_TOKENS, state_drift
-from finelip_diffusion.scenes import describe, render, sample_scene
+from finelip_diffusion.metrics import state_drift
+from finelip_diffusion.scenes import STOCK_CONTENT_TOKENS, describe, render, sample_scene, stock_border
 
 FEW, MANY = (1, 3), (4, 9)  # objects in a short and in a long prompt of scenes
 THUMBNAIL = 512  # pixels, the longer side of a reference image on the page

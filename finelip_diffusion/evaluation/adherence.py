@@ -17,11 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPTokenizer, PreTrainedTokenizerBase
 
-from ..metrics import STOCK_CONTENT_TOKENS, as_record, findings
 from ..model import FineLIPModel, load_clip
 from ..prompts import sentence_bounds
-from ..scenes import CELL_SIZE, Caption, Scene, describe, read
-from .retrieval import alterations, bootstrap_interval
+from ..scenes import CELL_SIZE, Caption, Scene, alterations, as_record, describe, findings, read, stock_border
+from .retrieval import bootstrap_interval
 
 TOKEN_EDGES = (0, 40, 76, 110, 150, 190, 249, 350, 500)
 """Where the parts of a prompt begin, counted in tokens; the start token is 0, a stock encoder reads up to 75."""
@@ -321,13 +320,6 @@ def change_ending(prompt: str, other: str, tokenizer: PreTrainedTokenizerBase) -
     if border is None or last[0].start < border or not ending:
         return None
     return _change(prompt, prompt[: last[0].start] + ending[0], None)
-
-
-def stock_border(prompt: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The first character that a stock encoder does not read, or None where it reads all."""
-    encoding = tokenizer(str(prompt), return_offsets_mapping=True, add_special_tokens=False, verbose=False)
-    offsets = encoding["offset_mapping"]
-    return offsets[STOCK_CONTENT_TOKENS][0] if len(offsets) > STOCK_CONTENT_TOKENS else None
 
 
 def _change(before: str, after: str, cell: int | None) -> Change | None:

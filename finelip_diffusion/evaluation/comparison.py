@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..metrics import STOCK_CONTENT_TOKENS, cmmd_intervals, frechet_intervals, kernel_distance, small_sample
-from ..scenes import Caption
+from ..metrics import cmmd_intervals, frechet_intervals, kernel_distance, small_sample
+from ..scenes import STOCK_CONTENT_TOKENS, Caption, stock_border
 from .adherence import (
     Figure,
     Judge,
@@ -27,7 +27,6 @@ from .adherence import (
     figure,
     listening,
     reading,
-    stock_border,
 )
 from .features import Extractor
 from .images import BASELINE, Condition, Prompt

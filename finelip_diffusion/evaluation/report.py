@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageChops, ImageOps
 
 from ..data.sources import Unusable, open_image
-from ..metrics import STOCK_CONTENT_TOKENS
+from ..scenes import STOCK_CONTENT_TOKENS
 
 BORDER = STOCK_CONTENT_TOKENS + 2  # start and end count: token 77
 SHOWN_AS_PIXELS = 128  # pictures up to this side are kept as they are

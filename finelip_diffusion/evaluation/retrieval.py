@@ -2,8 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +16,8 @@ from transformers import CLIPImageProcessor, CLIPTokenizer
 from ..data.captions import sentence_runs
 from ..data.datasets import GROUP_SIZE, Example
 from ..data.sources import Skip
-from ..metrics import ATTRIBUTES, STOCK_CONTENT_TOKENS, fact_tokens
 from ..model import GLOBAL_SHARE, FineLIPModel, FineLIPOutput
-from ..scenes import Caption, Object, Scene, describe, render, sample_scene
+from ..scenes import STOCK_CONTENT_TOKENS, Caption, Scene, alterations, describe, fact_tokens, render, sample_scene
 
 RECALL_AT = (1, 5, 10)
 VIEWS = ("whole", "without_first", "first_last", "truncated")
@@ -486,20 +484,3 @@ def _late_group(tokenizer: CLIPTokenizer, num_objects: int, rng: random.Random) 
         if len(others) >= GROUP_SIZE - 1:
             chosen = [scene, *rng.sample(others, GROUP_SIZE - 1)]
             return [(other, describe(other, seed, like=scene)) for other in chosen]
-
-
-def alterations(scene: Scene, objects: Sequence[Object]) -> list[Scene]:
-    """All scenes that differ in one attribute of one of the objects, or in two of them having changed places."""
-    cells = {item.cell for item in scene.objects}
-    changes: list[dict[Object, Object]] = []
-    for item in objects:
-        for name, values in ATTRIBUTES.items():
-            altered: list[dict[str, Any]] = [{name: value} for value in values if name != "cell" or value not in cells]
-            changes += [{item: replace(item, **attribute)} for attribute in altered]
-    changes += [
-        {one: replace(one, cell=other.cell), other: replace(other, cell=one.cell)}
-        for one, other in combinations(objects, 2)
-    ]
-    scenes = [Scene(scene.background, tuple(sorted(change.get(item, item) for item in scene.objects)))
-              for change in changes]  # fmt: skip
-    return [other for other in dict.fromkeys(scenes) if other != scene]

@@ -1,20 +1,33 @@
-"""The bundled world: scenes of colored shapes on a 3x3 grid, their long captions, and a reader of images."""
+"""The bundled world: scenes of colored shapes on a 3x3 grid, their captions, and a reader of images.
 
+`world` has scenes, their pictures and the reader, `words` what things are called, `facts` what a caption states and
+what an image shows of it, `wordings` captions.
+"""
+
+from .facts import (
+    STOCK_CONTENT_TOKENS,
+    Caption,
+    Fact,
+    Finding,
+    as_record,
+    fact_tokens,
+    find_facts,
+    findings,
+    stock_border,
+)
+from .wordings import describe
+from .words import PLACES, SIZE_WORDS
 from .world import (
+    ATTRIBUTES,
     BACKGROUNDS,
     CELL_SIZE,
     COLOURS,
     IMAGE_SIZE,
-    PLACES,
     SHAPES,
-    SIZE_WORDS,
     SIZES,
-    Caption,
-    Fact,
     Object,
     Scene,
-    describe,
-    find_facts,
+    alterations,
     read,
     render,
     sample_scene,
@@ -22,6 +35,7 @@ from .world import (
 )
 
 __all__ = [
+    "ATTRIBUTES",
     "BACKGROUNDS",
     "CELL_SIZE",
     "COLOURS",
@@ -30,14 +44,21 @@ __all__ = [
     "SHAPES",
     "SIZES",
     "SIZE_WORDS",
+    "STOCK_CONTENT_TOKENS",
     "Caption",
     "Fact",
+    "Finding",
     "Object",
     "Scene",
+    "alterations",
+    "as_record",
     "describe",
+    "fact_tokens",
     "find_facts",
+    "findings",
     "read",
     "render",
     "sample_scene",
+    "stock_border",
     "vary",
 ]

@@ -1,15 +1,15 @@
-"""The bundled world: scenes of coloured shapes on a 3x3 grid, their long captions, and a reader of images.
+"""Scenes of colored shapes on a 3x3 grid, their pictures, and a reader that says what a picture shows.
 
-A scene has one picture and many captions. The reader says what a picture shows, so adherence to a prompt is exact,
-per object and per token position. Everything is a function of a seed; train and test splits share no scene.
+Everything is a function of a seed; train and test splits share no scene.
 """
 
 import functools
 import hashlib
 import math
 import random
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ COLOURS = {
     "black": (25, 25, 25),
 }
 BACKGROUNDS = {"grey": (205, 205, 208), "beige": (232, 218, 190), "pink": (245, 205, 215), "mint": (200, 235, 215)}
+ATTRIBUTES: dict[str, tuple[Any, ...]] = {"cell": tuple(range(9)), "colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES)}
 
 
 @dataclass(frozen=True, order=True)
@@ -58,21 +59,6 @@ class Scene:
         """`"test"` for one scene in `TEST_SHARE`, by a hash of the scene itself, else `"train"`."""
         digest = hashlib.blake2b(repr(self).encode(), digest_size=8).digest()
         return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
-
-
-@dataclass(frozen=True)
-class Fact:
-    """Where a caption says what an object is: `caption[start:end]` names its shape, colour, size and place."""
-
-    object: Object
-    start: int
-    end: int
-
-
-class Caption(str):
-    """A caption as plain text, with the facts it states in the order of the text."""
-
-    facts: tuple[Fact, ...] = ()
 
 
 def sample_scene(seed: int, split: str = "train", num_objects: tuple[int, int] = (4, 9)) -> Scene:
@@ -137,142 +123,21 @@ def vary(scene: Scene, kind: str, seed: int) -> Scene:
             return varied
 
 
-# ---------------------------------------------------------------------------------------------------------- captions
-
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-OPENINGS = (
-    "The picture shows {number} {objects} on a {background} background.",
-    "On a {background} background there {are} {number} {objects}.",
-    "A {background} background with {number} {objects} on it.",
-    "This is an illustration of {number} {objects} arranged over a plain {background} background.",
-)
-ROWS = (("top", "upper"), ("middle", "middle"), ("bottom", "lower"))
-COLUMNS = ("left", "middle", "right")
-PLACES = (
-    ("in the top left corner", "at the upper left"),
-    ("at the top in the middle", "at the upper centre"),
-    ("in the top right corner", "at the upper right"),
-    ("on the left side, halfway down", "at the centre left"),
-    ("in the very centre", "in the middle of the picture"),
-    ("on the right side, halfway down", "at the centre right"),
-    ("in the bottom left corner", "at the lower left"),
-    ("at the bottom in the middle", "at the lower centre"),
-    ("in the bottom right corner", "at the lower right"),
-)
-SENTENCES = (  # the fact, then what may follow it
-    "There is a {size} {colour} {shape} {place}",
-    "A {size} {colour} {shape} can be seen {place}",
-    "A {colour} {shape} of {size} size is placed {place}",
-    "{Place} there is a {size} {colour} {shape}",
-    "{Place} sits a {colour} {shape}, and it is {size}",
-    "{Place} one finds a {shape} that is {size} and painted {colour}",
-)
-ENDINGS = (
-    ".",
-    ", drawn with clean edges.",
-    ", and nothing else touches it.",
-    ", standing apart from the other shapes.",
-    ", painted in a flat and even tone.",
-)
-
-
-def _place(cell: int, rng: random.Random) -> str:
-    row, column = divmod(cell, 3)
-    return rng.choice((*PLACES[cell], f"in the {ROWS[row][0]} row and the {COLUMNS[column]} column"))
-
-
-def describe(scene: Scene, seed: int = 0, like: Scene | None = None) -> Caption:
-    """Describes a scene: an opening, then a sentence for each object, in random order and varied wording.
-
-    Scenes of 4 to 9 objects take about 60 to 240 CLIP tokens.
-
-    Args:
-        scene: the scene.
-        seed: any integer; the same scene and seed give the same caption.
-        like: another scene with as many objects, in whose order and wording this one is told: what both hold gets the
-            same sentence, and the captions differ where the scenes do, nowhere else.
-
-    Returns:
-        The caption, a `str` whose `facts` tell which characters name which object.
-
-    Raises:
-        ValueError: if `like` has another number of objects.
-    """
-    like = like or scene
-    count = len(like.objects)
-    if len(scene.objects) != count:
-        raise ValueError(f"A scene of {len(scene.objects)} objects cannot be told like one of {count}.")
-    others = (item for item in scene.objects if item not in like.objects)
-    objects = [item if item in scene.objects else next(others) for item in like.objects]
-    rng = random.Random(f"{like} {seed}")
-    text = rng.choice(OPENINGS).format(
-        number=NUMBERS[count],
-        objects=rng.choice(("shapes", "objects") if count != 1 else ("shape", "object")),
-        are="are" if count != 1 else "is",
-        background=scene.background,
-    )
-    facts = []
-    for item in rng.sample(objects, count):
-        place = _place(item.cell, rng)
-        fact = rng.choice(SENTENCES).format(
-            size=rng.choice(SIZE_WORDS[item.size]),
-            colour=item.colour,
-            shape=item.shape,
-            place=place,
-            Place=place[0].upper() + place[1:],
-        )
-        fact = fact.replace(" a orange", " an orange").replace("A orange", "An orange")
-        facts.append(Fact(item, len(text) + 1, len(text) + 1 + len(fact)))
-        text += " " + fact + rng.choice(ENDINGS)
-    caption = Caption(text)
-    caption.facts = tuple(facts)
-    return caption
-
-
-@functools.cache
-def _words() -> dict[str, dict[str, Any]]:
-    """What each attribute may be called in a caption, in small letters: the name, and the value that it names."""
-    places = {phrase: cell for cell, phrases in enumerate(PLACES) for phrase in phrases}
-    for cell in range(9):
-        row, column = divmod(cell, 3)
-        places[f"in the {ROWS[row][0]} row and the {COLUMNS[column]} column"] = cell
-    return {
-        "shape": {shape: shape for shape in SHAPES},
-        "colour": {colour: colour for colour in COLOURS},
-        "size": {word: size for size, words in SIZE_WORDS.items() for word in words},
-        "cell": places,
-    }
-
-
-def find_facts(text: str) -> Caption:
-    """Finds what a text in the words of this world says, whoever wrote it.
-
-    A sentence states a fact if it names one shape, one colour, one size and one place, each once, in any order. Other
-    sentences state none.
-
-    Args:
-        text: A prompt, such as a caption that somebody has changed.
-
-    Returns:
-        The text with its facts. For a caption of `describe` they are of the same objects and end where its own do.
-    """
-    facts = []
-    for sentence in re.finditer(r"[^.!?]+", text):
-        named: dict[str, Any] = {}
-        bounds: list[int] = []
-        for attribute, names in _words().items():
-            pattern = r"\b(?:" + "|".join(map(re.escape, names)) + r")\b"
-            matches = list(re.finditer(pattern, sentence[0], re.IGNORECASE))
-            if len(matches) == 1:
-                named[attribute] = names[matches[0][0].lower()]
-                bounds += matches[0].span()
-        if len(named) == 4:
-            start = sentence.start()
-            facts.append(Fact(Object(**named), start + min(bounds), start + max(bounds)))
-    caption = Caption(text)
-    caption.facts = tuple(facts)
-    return caption
+def alterations(scene: Scene, objects: Sequence[Object]) -> list[Scene]:
+    """All scenes that differ in one attribute of one of the objects, or in two of them having changed places."""
+    cells = {item.cell for item in scene.objects}
+    changes: list[dict[Object, Object]] = []
+    for item in objects:
+        for name, values in ATTRIBUTES.items():
+            altered: list[dict[str, Any]] = [{name: value} for value in values if name != "cell" or value not in cells]
+            changes += [{item: replace(item, **attribute)} for attribute in altered]
+    changes += [
+        {one: replace(one, cell=other.cell), other: replace(other, cell=one.cell)}
+        for one, other in combinations(objects, 2)
+    ]
+    scenes = [Scene(scene.background, tuple(sorted(change.get(item, item) for item in scene.objects)))
+              for change in changes]  # fmt: skip
+    return [other for other in dict.fromkeys(scenes) if other != scene]
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures

@@ -1,0 +1,123 @@
+"""What a caption states of a scene, and what an image shows of it."""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .words import meanings
+from .world import Object, Scene
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STOCK_CONTENT_TOKENS = 75  # what a 77-token encoder reads beside its start and end tokens
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Where a caption says what an object is: `caption[start:end]` names its shape, colour, size and place."""
+
+    object: Object
+    start: int
+    end: int
+
+
+class Caption(str):
+    """A caption as plain text, with the facts it states in the order of the text."""
+
+    facts: tuple[Fact, ...] = ()
+
+
+def find_facts(text: str) -> Caption:
+    """Finds what a text in the words of this world says, whoever wrote it.
+
+    A sentence states a fact if it names one shape, one colour, one size and one place, each once, in any order. Other
+    sentences state none.
+
+    Args:
+        text: A prompt, such as a caption that somebody has changed.
+
+    Returns:
+        The text with its facts. For a caption of `describe` they are of the same objects and end where its own do.
+    """
+    facts = []
+    for sentence in re.finditer(r"[^.!?]+", text):
+        named: dict[str, Any] = {}
+        bounds: list[int] = []
+        for attribute, names in meanings().items():
+            pattern = r"\b(?:" + "|".join(map(re.escape, names)) + r")\b"
+            matches = list(re.finditer(pattern, sentence[0], re.IGNORECASE))
+            if len(matches) == 1:
+                named[attribute] = names[matches[0][0].lower()]
+                bounds += matches[0].span()
+        if len(named) == 4:
+            start = sentence.start()
+            facts.append(Fact(Object(**named), start + min(bounds), start + max(bounds)))
+    caption = Caption(text)
+    caption.facts = tuple(facts)
+    return caption
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether an image shows one object of its prompt.
+
+    Attributes:
+        token: index of the last token of the fact, the start token being 0.
+        after: whether that token comes after what a 77-token encoder reads.
+        filled: whether anything stands in the object's cell.
+        shape, colour, size: whether the attribute of what stands there is right.
+    """
+
+    token: int
+    after: bool
+    filled: bool
+    shape: bool
+    colour: bool
+    size: bool
+
+    @property
+    def found(self) -> bool:
+        """Shape and colour and size, in the right cell."""
+        return self.shape and self.colour and self.size
+
+
+def fact_tokens(caption: Caption, tokenizer: "PreTrainedTokenizerBase") -> list[tuple[int, int]]:
+    """First and last token index of each fact of a caption; the start token has index 0."""
+    encoding = tokenizer(str(caption), return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+    offsets = encoding.offset_mapping
+    spans = []
+    for fact in caption.facts:
+        inside = [index for index, (start, end) in enumerate(offsets) if start >= fact.start and end <= fact.end]
+        spans.append((inside[0] + 1, inside[-1] + 1))
+    return spans
+
+
+def findings(caption: Caption, shown: Scene, tokenizer: "PreTrainedTokenizerBase") -> list[Finding]:
+    """Compares a caption, fact by fact, with the scene that an image shows.
+
+    Args:
+        caption: from `describe` or `find_facts`.
+        shown: from `read`.
+        tokenizer: counts the tokens; CLIP's.
+    """
+    cells = {item.cell: item for item in shown.objects}
+    result = []
+    for fact, (_, last) in zip(caption.facts, fact_tokens(caption, tokenizer), strict=True):
+        item = cells.get(fact.object.cell)
+        right = {name: item is not None and getattr(item, name) == getattr(fact.object, name) for name in
+                 ("shape", "colour", "size")}  # fmt: skip
+        result.append(Finding(token=last, after=last > STOCK_CONTENT_TOKENS, filled=item is not None, **right))
+    return result
+
+
+def as_record(finding: Finding) -> dict[str, bool | int]:
+    """A finding as plain data."""
+    return asdict(finding) | {"found": finding.found}
+
+
+def stock_border(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The first character that a stock encoder does not read, or None where it reads all."""
+    encoding = tokenizer(str(prompt), return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+    offsets = encoding["offset_mapping"]
+    return offsets[STOCK_CONTENT_TOKENS][0] if len(offsets) > STOCK_CONTENT_TOKENS else None
