@@ -12,7 +12,7 @@ import gradio as gr
 import numpy as np
 import panels
 from gradio.processing_utils import save_bytes_to_cache
-from keepsake import settings_of, to_png
+from png_settings import settings_of, to_png
 from studio import MAX_KEPT, Picture, Settings, Step, Stopped, Studio, Visit, as_record, checked_text, new_seed
 
 from finelip_diffusion.prompts import sentence_spans

@@ -18,9 +18,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio asks for it when it i
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # it makes a table of them after each
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import example_prompts
 import gradio as gr
 import panels
-import tryouts
 from actions import Actions
 from studio import BOUNDS, Studio
 
@@ -108,7 +108,7 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
                     stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
                 gr.HTML("<p class='hint'>Ctrl + Enter draws. Compare draws three times, from the same noise.</p>")
                 reading = gr.HTML(elem_id="reading")
-                examples = tryouts.SCENES if scenes else tryouts.PICTURES
+                examples = example_prompts.SCENES if scenes else example_prompts.PICTURES
                 tries = gr.Dataset(
                     components=[prompt], samples=[[text] for text in examples.values()], type="index",
                     label="Examples", sample_labels=list(examples), elem_id="examples",

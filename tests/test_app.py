@@ -17,13 +17,13 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-import keepsake
+import example_prompts
 import numpy as np
 import panels
+import png_settings
 import pytest
 import studio
 import torch
-import tryouts
 from actions import readable
 from gradio import Error, analytics
 from gradio_client import Client
@@ -37,7 +37,7 @@ from finelip_diffusion.prompts import LONG_PROMPTS, sentence_spans
 from finelip_diffusion.scenes import find_facts, read, render, sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPT = tryouts.SCENES["8 shapes"]
+PROMPT = example_prompts.SCENES["8 shapes"]
 NAME = "a model <b>of scenes</b>"
 
 
@@ -180,7 +180,7 @@ def test_stopping_ends_the_work_after_the_step_under_way(room, pipe, how):
 )
 def test_any_text_is_drawn_and_shown_as_text(room, pipe, prompt, long_prompt):
     picture = draw(room, prompt=prompt, long_prompt=long_prompt, steps=1)[-1]
-    settings, _ = keepsake.settings_of(keepsake.to_png(picture, NAME))
+    settings, _ = png_settings.settings_of(png_settings.to_png(picture, NAME))
     assert settings == replace(picture.settings, width=96, height=96)
     stock, long = (pipe.describe_prompt(picture.settings.prompt, how).readings[0] for how in ("truncate", "stretch"))
     html = panels.reading(stock, long) + panels.sentences(picture)
@@ -204,7 +204,7 @@ def test_weights_are_drawn_read_and_listened_to(room, pipe):
     stock, long = (pipe.describe_prompt(prompt, how, "a1111").readings[0] for how in ("truncate", "stretch"))
     for html in (panels.reading(stock, long), panels.sentences(picture)):
         assert "1.4" not in html
-    settings, _ = keepsake.settings_of(keepsake.to_png(picture, NAME))
+    settings, _ = png_settings.settings_of(png_settings.to_png(picture, NAME))
     assert settings.weighting == "a1111"
 
 
@@ -218,7 +218,7 @@ def xl_pipe(_stock_xl, finelip_folder):
 @pytest.mark.parametrize("long_prompt", LONG_PROMPTS)
 def test_an_sdxl_is_drawn_and_listened_to_in_all_windows(xl_pipe, long_prompt):
     room = studio.Studio(lambda: xl_pipe, scenes=False)
-    prompt = PROMPT + " " + tryouts.SCENES["9 shapes"]  # two windows of 248
+    prompt = PROMPT + " " + example_prompts.SCENES["9 shapes"]  # two windows of 248
     *steps, picture = draw(room, prompt=prompt, long_prompt=long_prompt, steps=2, width=72, height=64, seed=3)
     plain = xl_pipe(
         prompt, long_prompt=long_prompt, num_inference_steps=2, guidance_scale=3.0, width=72, height=64,
@@ -278,8 +278,8 @@ def png(**chunks: str) -> bytes:
 
 def test_a_png_brings_back_prompt_and_settings(room):
     picture = draw(room, prompt="שלום 👩‍👩‍👧 <b>", seed=7, negative_prompt="„blurry“", long_prompt="chunk")[-1]
-    content = keepsake.to_png(picture, NAME)
-    settings, model = keepsake.settings_of(content)
+    content = png_settings.to_png(picture, NAME)
+    settings, model = png_settings.settings_of(content)
     assert model == NAME
     assert settings.width == settings.height == 96
     assert replace(settings, width=None, height=None) == picture.settings
@@ -292,7 +292,7 @@ def test_a_png_of_the_command_line_comes_back_too(tmp_path):
     assert (
         main(["generate", "--prompt-file", str(tmp_path / "prompt.txt"), "--out", str(tmp_path), "--steps", "1"]) == 0
     )
-    settings, model = keepsake.settings_of((tmp_path / "image-0.png").read_bytes())
+    settings, model = png_settings.settings_of((tmp_path / "image-0.png").read_bytes())
     assert (settings.prompt, settings.steps, settings.guidance_scale, model) == (
         "A large red star in the very centre.", 1, 3.0, "bundled",
     )  # fmt: skip
@@ -324,13 +324,13 @@ GOOD = {"prompt": "x", "model": "bundled"}
         (png(settings=json.dumps(GOOD | {"long_prompt": {"a": 1}})), "do not hold"),
         (png(settings=json.dumps(GOOD | {"weighting": ["a1111"]})), "do not hold"),
         (png(settings=json.dumps(GOOD | {"blend": 0.5})), "a blend of two encoders"),
-        (b"\0" * (keepsake.MAX_BYTES + 1), "has 20,000,001 bytes"),
+        (b"\0" * (png_settings.MAX_BYTES + 1), "has 20,000,001 bytes"),
     ],
     ids=range(21),
 )
 def test_a_png_that_is_none_or_hostile_is_one_sentence(content, words):
     with pytest.raises(ValueError) as caught:
-        keepsake.settings_of(content)
+        png_settings.settings_of(content)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -338,7 +338,9 @@ def test_a_png_that_is_none_or_hostile_is_one_sentence(content, words):
 def test_what_a_png_names_is_not_opened(tmp_path):
     """Unknown keys are left out, and a model is a name to compare."""
     target = tmp_path / "model"
-    settings, model = keepsake.settings_of(png(settings=json.dumps(GOOD | {"model": str(target), "finelip": "/etc"})))
+    settings, model = png_settings.settings_of(
+        png(settings=json.dumps(GOOD | {"model": str(target), "finelip": "/etc"}))
+    )
     assert model == str(target)
     assert not target.exists()
     assert not hasattr(settings, "finelip")
@@ -375,12 +377,12 @@ def test_the_verdict_counts_what_the_reader_finds(pipe):
     assert "No verdict" in panels.verdict(find_facts("A cat on a sofa."), {"truncate": poor}, pipe.tokenizer)
 
 
-@pytest.mark.parametrize("texts", [tryouts.SCENES, tryouts.PICTURES], ids=["scenes", "pictures"])
+@pytest.mark.parametrize("texts", [example_prompts.SCENES, example_prompts.PICTURES], ids=["scenes", "pictures"])
 def test_there_are_six_examples_and_all_are_long(texts, tokenizer):
     assert len(texts) >= 6
     counts = [len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in texts.values()]
     assert all(count > 75 for count in counts), counts
-    if texts is tryouts.SCENES:
+    if texts is example_prompts.SCENES:
         objects = [len(find_facts(text).facts) for text in texts.values()]
         assert objects == [4, 5, 6, 7, 8, 9]
 
@@ -422,7 +424,7 @@ def test_the_api_draws_compares_and_listens(client, pipe):
     assert report["tokens"] == 183
     assert report["dropped"] == pipe.describe_prompt(PROMPT, "truncate").dropped
     files = client.predict(prompt=PROMPT, steps=2, seed=3, num_images=2, api_name="/draw")
-    assert [keepsake.settings_of(Path(file).read_bytes())[0].seed for file in files] == [3, 4]
+    assert [png_settings.settings_of(Path(file).read_bytes())[0].seed for file in files] == [3, 4]
     files = client.predict(prompt=PROMPT, steps=2, api_name="/compare")
     assert list(files) == ["truncate", "chunk", "stretch"]
     assert all(Image.open(file).size == (96, 96) for file in files.values())
@@ -553,7 +555,7 @@ def check_a_model_of_folders(url: str, model: Path) -> None:
     report = client.predict(prompt=PROMPT, api_name="/describe")
     assert (report["tokens"], report["dropped"]) == (183, "")
     (file,) = client.predict(prompt=PROMPT, steps=1, width=64, height=72, api_name="/draw")
-    settings, name = keepsake.settings_of(Path(file).read_bytes())
+    settings, name = png_settings.settings_of(Path(file).read_bytes())
     assert (settings.width, settings.height, name) == (64, 72, str(model))
     last = len(sentence_spans(PROMPT)) - 1
     assert np.shape(client.predict(sentence=last, api_name="/listen")["attention"]) == (72, 64)

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import example_prompts
 import pytest
 import studio
-import tryouts
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, BrowserContext, Page, expect
@@ -134,13 +134,13 @@ def all_is_legible(page: Page) -> None:
 
 @pytest.mark.parametrize(("width", "theme"), [("desktop", "light"), ("phone", "dark")])
 def test_type_read_draw_compare_listen_and_bring_back(tabs, url, width, theme, tmp_path):
-    prompt = tryouts.SCENES["7 shapes"]
+    prompt = example_prompts.SCENES["7 shapes"]
     with opened(tabs, url, width, theme) as page:
         # The meter and the coloured prompt, while typing.
         page.locator("#prompt textarea").press_sequentially("A red star.")
         expect(page.locator("#meter")).to_contain_text("6 of 77: reads all")
         expect(page.locator("#reading .unread")).to_have_count(0)
-        type_prompt(page, tryouts.SCENES["9 shapes"] * 2)
+        type_prompt(page, example_prompts.SCENES["9 shapes"] * 2)
         expect(page.locator("#meter")).to_contain_text("of 248: reads all, in 2 windows")
         expect(page.locator("#reading .further").first).to_be_visible()
         all_is_legible(page)
@@ -259,7 +259,7 @@ def test_two_tabs_a_place_in_line_stop_and_a_closed_tab(tabs, url, pipe):
     calls = []
     with opened(tabs, url) as second:
         with opened(tabs, url) as first:
-            begin(first, tryouts.SCENES["9 shapes"], "150")
+            begin(first, example_prompts.SCENES["9 shapes"], "150")
             type_prompt(second, "A small red star.")
             set_number(second, "steps", "1")
             second.locator("#draw").click()
@@ -281,7 +281,7 @@ def test_two_tabs_a_place_in_line_stop_and_a_closed_tab(tabs, url, pipe):
                 expect(page.locator("#sentences")).to_contain_text(words)
             set_number(first, "number", "4")
             counting = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
-            begin(first, tryouts.SCENES["9 shapes"], "150")
+            begin(first, example_prompts.SCENES["9 shapes"], "150")
 
         # The first tab is closed: the second is served at once, not after 600 steps.
         second.locator("#compare").click()
