@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .scenes import advice
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("diffusers", "openai", "comfyui")
@@ -60,6 +61,8 @@ def generate(args: argparse.Namespace) -> None:
     if existing and not args.overwrite:
         raise FileExistsError(f"{', '.join(existing)} would be overwritten: choose another --out, or say --overwrite.")
     _check_writable(args.out)
+    if args.model is None and (sentence := advice(prompt)):
+        print(f"finelip generate: note: {sentence}", file=sys.stderr, flush=True)
 
     import torch
 

@@ -274,3 +274,10 @@ def test_strategies_and_layouts_are_those_of_the_package():
     assert cli.WEIGHTINGS == WEIGHTINGS
     assert ("diffusers", *LAYOUTS) == cli.LAYOUTS
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in cli.DTYPES)
+
+
+def test_the_bundled_model_says_what_it_draws_before_it_draws(tmp_path, capsys):
+    flags = ["--out", str(tmp_path), "--steps", "1", "--overwrite"]
+    for prompt, noted in (("a witch in a forest", True), ("a small red circle at the upper left", False)):
+        assert cli.main(["generate", "--prompt", prompt, *flags]) == 0
+        assert ("knows only small and large circles" in capsys.readouterr().err) == noted

@@ -16,6 +16,7 @@ from finelip_diffusion.scenes import (
     Caption,
     Object,
     Scene,
+    advice,
     describe,
     find_facts,
     read,
@@ -153,3 +154,11 @@ def test_a_sentence_states_a_fact_only_when_it_names_each_attribute_once() -> No
     objects = [fact.object for fact in find_facts(text).facts]
     assert objects == [Object(4, "star", "yellow", "large"), Object(8, "diamond", "black", "small")]
     assert find_facts("").facts == find_facts("...").facts == ()
+
+
+def test_a_prompt_about_something_else_is_answered_with_what_can_be_drawn() -> None:
+    sentence = advice("a witch in a forest")
+    assert sentence is not None
+    assert sentence.count(".") == 1 and "crosses" in sentence and "purple" in sentence and "mint" in sentence
+    for prompt in ("Two BOXES and a dot", "a rhombus", "draw some stars!", str(describe(sample_scene(0)))):
+        assert advice(prompt) is None

@@ -1,11 +1,12 @@
 """What a caption states of a scene, and what an image shows of it."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .words import meanings
-from .world import Object, Scene
+from .words import SYNONYMS, meanings, plural
+from .world import BACKGROUNDS, COLOURS, SHAPES, SIZES, Object, Scene
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +57,26 @@ def find_facts(text: str) -> Caption:
     caption = Caption(text)
     caption.facts = tuple(facts)
     return caption
+
+
+def advice(prompt: str) -> str | None:
+    """What the bundled model can draw, for a prompt about something else.
+
+    Returns:
+        One sentence, or None where the prompt names any of the world's shapes, by whatever word.
+    """
+    nouns = {noun for words in SYNONYMS["shape"].values() for word in words for noun in (word, plural(word))}
+    if re.search(r"\b(?:" + "|".join(map(re.escape, sorted(nouns, key=len, reverse=True))) + r")\b", prompt.lower()):
+        return None
+    return (
+        f"The bundled model knows only {_listed(SIZES)} {_listed(map(plural, SHAPES))} in {_listed(COLOURS)} on a "
+        f"plain {_listed(BACKGROUNDS, 'or')} background, and this prompt names none of these shapes."
+    )
+
+
+def _listed(words: Iterable[str], last: str = "and") -> str:
+    *others, final = words
+    return f"{', '.join(others)} {last} {final}"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,63 @@ PLACES = (
 )
 
 
+SYNONYMS: dict[str, dict[str, tuple[str, ...]]] = {  # the plain name first
+    "shape": {
+        "circle": ("circle", "disc", "disk", "dot", "ball", "round shape", "roundel"),
+        "square": ("square", "box", "block", "tile", "square shape", "quadrate"),
+        "triangle": ("triangle", "pyramid", "wedge", "three-sided shape", "triangle shape", "trigon"),
+        "diamond": ("diamond", "rhombus", "lozenge", "diamond shape", "rhomb"),
+        "star": ("star", "five-pointed star", "pentagram", "star shape", "starlet"),
+        "cross": ("cross", "plus", "plus sign", "cross shape", "plus symbol"),
+    },
+    "colour": {
+        "red": ("red", "crimson", "scarlet", "ruby", "cherry red", "bright red", "vermilion"),
+        "orange": ("orange", "tangerine", "pumpkin", "bright orange", "carrot orange"),
+        "yellow": ("yellow", "lemon", "golden", "sunny yellow", "bright yellow", "canary"),
+        "green": ("green", "emerald", "grass green", "leaf green", "jade"),
+        "blue": ("blue", "cobalt", "royal blue", "sapphire", "bright blue", "azure"),
+        "purple": ("purple", "violet", "plum", "lilac", "deep purple", "amethyst"),
+        "brown": ("brown", "chocolate", "chestnut", "coffee brown", "umber"),
+        "black": ("black", "jet black", "ebony", "pitch black", "inky black", "onyx"),
+    },
+    "size": {
+        "small": ("small", "little", "tiny", "mini", "miniature", "wee", "petite", "small-sized", "undersized"),
+        "large": ("large", "big", "huge", "giant", "enormous", "massive", "oversized", "large-sized", "gigantic"),
+    },
+    "background": {
+        "grey": ("gray", "light gray", "silver", "pale gray", "ashen"),
+        "beige": ("beige", "cream", "sand-colored", "pale beige", "ecru"),
+        "pink": ("pink", "rose", "light pink", "pale pink", "blush"),
+        "mint": ("mint", "mint green", "pale green", "light mint", "celadon"),
+    },
+}
+UNSEEN_SYNONYMS = frozenset(
+    [
+        "roundel",
+        "quadrate",
+        "trigon",
+        "rhomb",
+        "starlet",
+        "vermilion",
+        "jade",
+        "azure",
+        "onyx",
+        "umber",
+        "undersized",
+        "gigantic",
+        "ecru",
+        "celadon",
+    ]
+)
+"""Words that no training caption has, a tenth of all: what a model makes of them, it has not learned by heart."""
+PLURALS = {"box": "boxes", "cross": "crosses", "rhombus": "rhombuses", "plus": "pluses", "star": "stars"}
+
+
+def plural(noun: str) -> str:
+    """More than one of a noun, such as `"plus signs"`."""
+    return PLURALS.get(noun, noun + "s")
+
+
 @functools.cache
 def meanings() -> dict[str, dict[str, Any]]:
     """What each attribute may be called in a caption, in small letters: the name, and the value that it names."""

@@ -34,7 +34,12 @@ COLOURS = {
     "black": (25, 25, 25),
 }
 BACKGROUNDS = {"grey": (205, 205, 208), "beige": (232, 218, 190), "pink": (245, 205, 215), "mint": (200, 235, 215)}
-ATTRIBUTES: dict[str, tuple[Any, ...]] = {"cell": tuple(range(9)), "colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES)}
+ATTRIBUTES: dict[str, tuple[Any, ...]] = {
+    "cell": tuple(range(9)),
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "size": tuple(SIZES),
+}
 
 
 @dataclass(frozen=True, order=True)
