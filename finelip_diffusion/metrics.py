@@ -1,6 +1,5 @@
 """Figures: how far sets of images are apart, what a reader finds of a prompt in an image, a probe in text states."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
+from .files import writing
 from .scenes import ATTRIBUTES, describe, fact_tokens, sample_scene
 
 BLOCK = 1024  # rows that are taken into float64, or compared with as many others, at once
@@ -103,11 +103,8 @@ class FeatureStatistics:
 
     def save(self, path: str | Path) -> None:
         """Writes `n`, `mu` and `sigma` as .npz, whole or not at all; other tools read the latter two."""
-        path = Path(path)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as stage:
-            with Path(stage, path.name).open("wb") as file:
-                np.savez(file, n=self.n, mu=self.mean, sigma=self.covariance)
-            Path(stage, path.name).replace(path)
+        with writing(path) as part, part.open("wb") as file:
+            np.savez(file, n=self.n, mu=self.mean, sigma=self.covariance)
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStatistics":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.activations import ACT2FN
@@ -26,8 +27,8 @@ from .checkpoints import (
     read_configuration,
     read_json,
     text_weights,
-    write_safetensors,
 )
+from .files import writing
 from .locations import configuration_folder, encoder_folder, locate
 from .positions import KEPT_POSITIONS, find_ratio, stretch_positions, stretched_length
 from .tokenizer import VOCAB_SIZE, clip_tokenizer
@@ -154,7 +155,7 @@ def save_text_encoder(
         `folder`.
 
     Raises:
-        ValueError: If either folder exists and `overwrite` is false, or `folder` is a file.
+        ValueError: If either folder exists and `overwrite` is false, `folder` is a file, or the disk is full.
     """
     folder = Path(folder)
     names = (subfolder, _tokenizer_name(subfolder))
@@ -163,16 +164,10 @@ def save_text_encoder(
     taken = [str(folder / name) for name in names if (folder / name).exists()]
     if taken and not overwrite:
         raise ValueError(f"{' and '.join(taken)} would be overwritten: choose another folder, or say overwrite=True.")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as stage:
-        encoder_stage, tokenizer_stage = (Path(stage, name) for name in names)
-        _write_encoder(text_encoder, encoder_stage)
-        tokenizer.save_pretrained(tokenizer_stage)
-        tokenizer.backend_tokenizer.model.save(str(tokenizer_stage))  # vocab.json and merges.txt, for transformers 4
-        for name in names:
-            if (folder / name).exists():
-                (folder / name).rename(Path(stage, f"old-{name}"))
-            Path(stage, name).rename(folder / name)
+    with writing(folder / names[0]) as encoder_folder, writing(folder / names[1]) as tokenizer_folder:
+        _write_encoder(text_encoder, encoder_folder)
+        tokenizer.save_pretrained(tokenizer_folder)
+        tokenizer.backend_tokenizer.model.save(str(tokenizer_folder))  # vocab.json and merges.txt, for transformers 4
     return folder
 
 
@@ -202,7 +197,7 @@ def save_checkpoint(
 
     Raises:
         ValueError: If the layout is unknown, or `"openai"` and the encoder has no text projection; the path is a
-            folder, does not end in .safetensors, or exists and `overwrite` is false.
+            folder, does not end in .safetensors, or exists and `overwrite` is false; or the disk is full.
     """
     path = Path(path)
     if layout not in LAYOUTS:
@@ -217,10 +212,8 @@ def save_checkpoint(
     if (reason := caveat(layout, config)) is not None:
         logger.warning("%s: %s", path, reason)
     metadata = {"format": "pt", CONFIGURATION: json.dumps(config.to_dict())}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as stage:
-        write_safetensors(tensors, Path(stage, path.name), metadata)
-        Path(stage, path.name).replace(path)
+    with writing(path) as file:
+        save_file(tensors, file, metadata=metadata)
     return path
 
 
@@ -402,7 +395,7 @@ def _write_encoder(text_encoder: TextEncoder, folder: Path) -> None:
     folder.mkdir()
     _saved_config(text_encoder).save_pretrained(folder)
     tensors = huggingface_layout(_canonical(text_encoder))
-    write_safetensors(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _canonical(text_encoder: TextEncoder) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "finelip_diffusion"
 # Lines of rooms, in reading order: a module may import those before it in its own line, and all of the lines that its
 # own uses. A new module gets its place here. What draws knows nothing of training, and the bundled world of neither.
 LINES = {
+    "files": ["files"],
     "draw": [
         "positions",
         "checkpoints",
@@ -45,11 +46,12 @@ LINES = {
     ],
 }
 USES = {
-    "draw": [],
-    "world": [],
-    "data": ["draw", "world"],
-    "train": ["draw"],
-    "judge": ["draw", "world", "data", "train"],
+    "files": [],
+    "draw": ["files"],
+    "world": ["files"],
+    "data": ["files", "draw", "world"],
+    "train": ["files", "draw"],
+    "judge": ["files", "draw", "world", "data", "train"],
 }
 LAST = "cli"  # the command line may use them all
 ORDERED = [name for line in LINES.values() for name in line]

@@ -30,6 +30,7 @@ from finelip_diffusion.evaluation.retrieval import (
     evaluate,
     scenes_gallery,
 )
+from finelip_diffusion.files import writing
 from finelip_diffusion.metrics import probe_text_states, state_drift
 from finelip_diffusion.model import load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL
@@ -136,8 +137,8 @@ def run(recipe: str, seed: int, gallery: SceneGallery, args: Arguments) -> dict[
         cost = train(recipe, seed, folder, args)
         figures = measure(folder / "finelip_model", folder, gallery, args) | {"cost": cost}
     result = {"recipe": recipe, "seed": seed, "settings": settings} | figures
-    file.with_suffix(".part").write_text(json.dumps(result))
-    file.with_suffix(".part").rename(file)
+    with writing(file) as part:
+        part.write_text(json.dumps(result))
     return result
 
 

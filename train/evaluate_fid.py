@@ -63,6 +63,7 @@ from finelip_diffusion.evaluation.images import (
     save_image,
 )
 from finelip_diffusion.evaluation.report import write_report
+from finelip_diffusion.files import writing
 from finelip_diffusion.metrics import state_drift
 from finelip_diffusion.scenes import STOCK_CONTENT_TOKENS, describe, render, sample_scene, stock_border
 
@@ -344,19 +345,14 @@ def look_at_all(
 
 def save_rows(rows: np.ndarray, file: Path) -> None:
     """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".part")
-    with partial.open("wb") as stream:
+    with writing(file) as part, part.open("wb") as stream:
         np.save(stream, rows)
-    partial.rename(file)
 
 
 def write_json(data: Any, file: Path) -> None:
     """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".part")
-    partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    partial.rename(file)
+    with writing(file) as part:
+        part.write_text(json.dumps(data, indent=1), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------------- main

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 
 from finelip_diffusion.data.datasets import open_dataset
 from finelip_diffusion.evaluation.retrieval import VIEWS, embed_gallery, evaluate, scenes_gallery
+from finelip_diffusion.files import writing
 from finelip_diffusion.locations import locate
 from finelip_diffusion.model import GLOBAL_SHARE, load_clip
 
@@ -142,9 +143,8 @@ def tables(report: dict) -> str:
 def write(report: dict, folder: Path) -> None:
     """Writes the report as far as it goes, whole or not at all."""
     for name, text in (("report.json", json.dumps(report)), ("report.md", tables(report))):
-        partial = folder / f"{name}.part"
-        partial.write_text(text, encoding="utf-8")
-        partial.rename(folder / name)
+        with writing(folder / name) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def main(args: Arguments) -> None:

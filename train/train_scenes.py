@@ -52,6 +52,7 @@ from transformers import (
     HfArgumentParser,
 )
 
+from finelip_diffusion.files import remove, remove_stages, writing
 from finelip_diffusion.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -165,13 +166,12 @@ def fit(
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
     """Writes `folder/checkpoint-STEP` whole or not at all, then removes the older ones."""
-    partial = folder / "partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    accelerator.save_state(partial)
+    remove_stages(folder)
     older = list(folder.glob("checkpoint-*"))
-    partial.rename(folder / f"checkpoint-{step}")
+    with writing(folder / f"checkpoint-{step}") as part:
+        accelerator.save_state(part)
     for path in older:
-        shutil.rmtree(path)
+        remove(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -412,8 +412,8 @@ def training_latents(args: Arguments, vae: AutoencoderKL) -> tuple[list[Scene], 
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=args.mixed_precision == "bf16"):
             for first in trange(0, len(scenes), 64, desc="latents", mininterval=5):
                 parts.append(vae.encode(pixels(scenes[first : first + 64])).latent_dist.mean.float())
-        torch.save(torch.cat(parts) * vae.config.scaling_factor, file.with_suffix(".part"))
-        file.with_suffix(".part").rename(file)
+        with writing(file) as part:
+            torch.save(torch.cat(parts) * vae.config.scaling_factor, part)
     return scenes, torch.load(file, weights_only=True)
 
 
@@ -603,4 +603,7 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    try:
+        main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    except ValueError as error:  # a full disk
+        raise SystemExit(f"{Path(__file__).name}: {error}") from error

@@ -3,8 +3,6 @@
 Every network gets what its metric was published with: pixels, resizing, the layer that is read.
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoints import read_checkpoint
 from ..data.sources import Unusable, open_image
+from ..files import writing
 from ..locations import locate
 from ..metrics import FeatureStatistics
 from ..model import FineLIPModel
@@ -348,14 +347,9 @@ def save_features(
     Returns:
         (N, D), float32, mapped from the file: rows are read when they are used.
     """
-    path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as stage:
-        part = os.path.join(stage, path.name)
-        rows = np.lib.format.open_memmap(part, "w+", np.float32, (len(images), extractor.dim))
-        first = 0
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(images), extractor.dim)}
+    with writing(path) as part, part.open("wb") as file:  # no memory map: on a full disk it would end the process
+        np.lib.format.write_array_header_1_0(file, header)
         for features in extract(images, extractor, batch_size, num_workers):
-            rows[first : first + len(features)] = features
-            first += len(features)
-        rows.flush()
-        os.replace(part, path)
+            file.write(np.ascontiguousarray(features, "<f4").data)
     return np.load(path, mmap_mode="r")

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, StableDiffusionXLImg2ImgPipeline, UNet2
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..files import writing
 from ..locations import locate
 from ..pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
 from ..prompts import LongPrompt
@@ -294,7 +295,5 @@ def save_image(image: Image.Image, file: Path, prompt: Prompt, seed: int, settin
     info = PngInfo()
     for key, value in (("prompt", prompt.text), ("seed", str(seed)), ("settings", settings)):
         info.add_itxt(key, value)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".part")
-    image.save(partial, "PNG", pnginfo=info)
-    partial.rename(file)
+    with writing(file) as part:
+        image.save(part, "PNG", pnginfo=info)

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from PIL import Image, ImageChops, ImageOps
 
 from ..data.sources import Unusable, open_image
+from ..files import writing
 from ..scenes import STOCK_CONTENT_TOKENS
 
 BORDER = STOCK_CONTENT_TOKENS + 2  # start and end count: token 77
@@ -45,16 +47,9 @@ def write_report(report: Report, folder: Path) -> None:
         "report.md": markdown(report),
         "report.html": page(report, folder),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as together:
         for name, text in files.items():
-            (folder / f"{name}.part").write_text(text, encoding="utf-8")
-        for name in files:
-            (folder / f"{name}.part").rename(folder / name)
-    except OSError as error:
-        raise ValueError(
-            f"the report cannot be written to {folder} ({error.strerror}): make room, or choose another folder."
-        ) from error
+            together.enter_context(writing(folder / name)).write_text(text, encoding="utf-8")
 
 
 def _check(report: Report) -> None:
