@@ -154,7 +154,7 @@ class TextWeights:
 
     def own_name(self, name: str) -> str:
         """What the checkpoint calls the tensor of a canonical name."""
-        return self.prefix + (name if self.layout == "huggingface" else _openai_name(name))
+        return self.prefix + (name if self.layout == "huggingface" else openai_name(name))
 
     @property
     def activation_is_known(self) -> bool:
@@ -422,7 +422,7 @@ def openai_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
     parts: dict[str, list[Tensor]] = {}
     for name in sorted(tensors, key=lambda name: name.replace("q_proj", "a_proj")):  # q, k, v
-        parts.setdefault(_openai_name(name), []).append(tensors[name])
+        parts.setdefault(openai_name(name), []).append(tensors[name])
     found = {name: torch.cat(part) for name, part in parts.items()}  # 3 times (D, ...) -> (3 D, ...)
     found["text_projection"] = found["text_projection"].T.contiguous()  # (E, D) -> (D, E)
     if len(found["positional_embedding"]) > STOCK_POSITIONS:
@@ -476,7 +476,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _openai_name(name: str) -> str:
+def openai_name(name: str) -> str:
     """Canonical name -> OpenAI's, which is one for queries, keys and values."""
     layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)
     block, part = (f"transformer.resblocks.{layer[1]}.", layer[2]) if layer else ("", name)

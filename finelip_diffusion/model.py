@@ -1,5 +1,6 @@
 """FineLIP's model: a CLIP whose text tower reads 248 tokens, with token refinement for both towers."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .checkpoints import HEAD_WIDTH, image_tower, read_checkpoint
+from .checkpoints import HEAD_WIDTH, image_tower, read_checkpoint, write_safetensors
+from .finelip_layout import finelip_layout, refinement_weights
 from .locations import locate
 from .positions import KEPT_POSITIONS
 from .refinement import TokenRefinement
@@ -160,22 +162,23 @@ class FineLIPModel(PreTrainedModel):
         *,
         max_length: int | None = MAX_LENGTH,
         keep: int = KEPT_POSITIONS,
-        refine_image: bool = True,
-        refine_text: bool = True,
+        refine_image: bool | None = True,
+        refine_text: bool | None = True,
         dtype: torch.dtype | None = torch.float32,
         hidden_act: str | None = None,
         attn_implementation: str | None = None,
         **hub: Any,
     ) -> "FineLIPModel":
-        """Makes the model of a CLIP: its text positions are stretched, the refinement is drawn anew.
+        """Makes the model of a CLIP: its text positions are stretched; refinement that it does not have is drawn anew.
 
         Args:
             source: A folder or hub id of a CLIP in the layout of `transformers`, or a file (.safetensors, .pt, …) in
                 the layout of `transformers`, OpenAI, open_clip (vision transformers), FineLIP or Long-CLIP.
             max_length: Tokens that the text tower shall read; None keeps the table's rows.
             keep: First position rows that stretching leaves as they are, and that are not trained.
-            refine_image: Whether the image's tokens are refined.
-            refine_text: Whether the caption's are.
+            refine_image: Whether the image's tokens are refined: as a file of FineLIP does (`cross_net.…`), else by
+                weights that are drawn anew. None: only where the source has the weights.
+            refine_text: The same for the caption's tokens.
             dtype: Of the result; None keeps the widest of the text weights.
             hidden_act: `"quick_gelu"` or `"gelu"`, of both towers of a file; by default the rule of
                 `TextWeights.config`. Folders and hub ids have a `config.json`, which is followed.
@@ -186,7 +189,8 @@ class FineLIPModel(PreTrainedModel):
             The model, in evaluation mode on the CPU.
 
         Raises:
-            ValueError: If the source is missing, no CLIP, or has no image tower. One sentence.
+            ValueError: If the source is missing, is not a CLIP, has no image tower, or has a part of FineLIP's
+                refinement but not all of it. One sentence.
         """
         subfolder = hub.pop("subfolder", None)
         file, folder, config = locate(source, subfolder, hub)
@@ -198,7 +202,13 @@ class FineLIPModel(PreTrainedModel):
             source, subfolder=subfolder, max_length=max_length, keep=keep, projection=True, dtype=dtype,
             hidden_act=hidden_act, **hub
         )  # fmt: skip
-        tensors, vision = image_tower(read_checkpoint(file), str(file), text.config.hidden_act)
+        checkpoint = read_checkpoint(file)
+        tensors, vision = image_tower(checkpoint, str(file), text.config.hidden_act)
+        left_out = refine_image is False and refine_text is False
+        refinement = {} if left_out else refinement_weights(checkpoint, str(file))
+        refine_image, refine_text = (
+            bool(refinement) if flag is None else flag for flag in (refine_image, refine_text)
+        )
         if config is not None:  # what shapes cannot say, too
             vision = CLIPConfig.from_dict(config).vision_config.to_dict()
         elif vision["hidden_size"] % HEAD_WIDTH:
@@ -209,8 +219,10 @@ class FineLIPModel(PreTrainedModel):
         clip_config = CLIPConfig(
             text_config=text.config.to_dict(), vision_config=vision, projection_dim=text.config.projection_dim
         )
+        number = len(refinement["image_refinement.weigh.3.bias"]) if refinement else None
         model = cls._from_config(
-            FineLIPConfig(clip_config, keep, refine_image, refine_text), attn_implementation=attn_implementation
+            FineLIPConfig(clip_config, keep, refine_image, refine_text, number),
+            attn_implementation=attn_implementation,
         ).to(text.dtype)
         own = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in text.state_dict().items()}
         own["text_projection.weight"] = own.pop("text_model.text_projection.weight")
@@ -224,6 +236,15 @@ class FineLIPModel(PreTrainedModel):
         if wrong:
             raise ValueError(f"{file} holds weights of the wrong shape: {', '.join(wrong[:5])}.")
         model.clip.load_state_dict(found)
+        for side in ("image_refinement", "text_refinement"):
+            if refinement and (module := getattr(model, side)) is not None:
+                own = {name: refinement[f"{side}.{name}"] for name in module.state_dict()}
+                if wrong := [name for name, tensor in module.state_dict().items() if tensor.shape != own[name].shape]:
+                    raise ValueError(
+                        f"{file} holds a token refinement that does not fit its embeddings of width "
+                        f"{clip_config.projection_dim}: {wrong[0]} is {tuple(own[wrong[0]].shape)}."
+                    )
+                module.load_state_dict(own)
         return model.eval()
 
     # ---------------------------------------------------------------------------------------------------- encoding
@@ -304,6 +325,45 @@ class FineLIPModel(PreTrainedModel):
         encoder.load_state_dict({name: own[name.removeprefix("text_model.")] for name in encoder.state_dict()})
         return encoder.eval()
 
+    def save_checkpoint(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Saves the whole model as one file in the layout of FineLIP's code; `from_clip` reads it back bit for bit.
+
+        Args:
+            path: The file, .pt or .safetensors, renamed into place when complete.
+            overwrite: Whether to replace the file.
+
+        Returns:
+            `path`.
+
+        Raises:
+            ValueError: If the file has another suffix, or exists and `overwrite` is false; if the model has refinement
+                for one tower alone; or if it differs from FineLIP's code in what the layout does not say: quick GELU,
+                and heads of width 64.
+        """
+        path = Path(path)
+        if path.suffix not in (".pt", ".safetensors") or path.is_dir():
+            raise ValueError(f"{path} must be a file that ends in .pt or .safetensors.")
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} would be overwritten: choose another file, or say overwrite=True.")
+        for name in ("text", "vision"):
+            tower = getattr(self.config.clip_config, f"{name}_config")
+            width = tower.hidden_size // tower.num_attention_heads
+            if (tower.hidden_act, width) != ("quick_gelu", HEAD_WIDTH):
+                raise ValueError(
+                    f"FineLIP's layout implies quick_gelu and heads of width {HEAD_WIDTH}, but the {name} tower has "
+                    f"{tower.hidden_act} and heads of width {width}: keep the model with save_pretrained."
+                )
+        tensors = finelip_layout(self.state_dict())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as stage:
+            part = Path(stage, path.name)
+            if path.suffix == ".pt":
+                torch.save(tensors, part)
+            else:
+                write_safetensors(tensors, part, {"format": "pt"})
+            part.replace(path)
+        return path
+
 
 def load_clip(
     source: str | Path, *, max_length: int | None = None, **options: Any
@@ -313,8 +373,9 @@ def load_clip(
     Args:
         source: A folder or hub id of `FineLIPModel.save_pretrained`, or whatever `FineLIPModel.from_clip` takes.
         max_length: Tokens that a CLIP's text tower shall read; None keeps the table's rows.
-        options: Of `FineLIPModel.from_clip`. A saved `FineLIPModel` follows its own configuration where they say
-            nothing; refinement that it does not have is drawn anew.
+        options: Of `FineLIPModel.from_clip`; but refinement is by default the source's own, so that nothing that is
+            measured rests on weights that were drawn. With `refine_image=True` or `refine_text=True`, refinement that
+            the source does not have is drawn anew, for training.
 
     Returns:
         Model, tokenizer, and image processor: the source's own, or CLIP's at the size that the model reads.
@@ -330,10 +391,15 @@ def load_clip(
         rows = FineLIPConfig.from_dict(config).clip_config.text_config.max_position_embeddings
         if max_length not in (None, rows):
             raise ValueError(f"{folder} reads {rows} tokens, not max_length={max_length}: leave max_length out.")
-        own = {name: value for name, value in options.items() if name not in (*hub, "subfolder", "hidden_act")}
+        own = {
+            name: value
+            for name, value in options.items()
+            if name not in (*hub, "subfolder", "hidden_act") and (value is not None or not name.startswith("refine_"))
+        }
         model = FineLIPModel.from_pretrained(folder, **own).eval()
     else:
-        model = FineLIPModel.from_clip(source, max_length=max_length, **options)
+        of_source: dict[str, Any] = {"refine_image": None, "refine_text": None}
+        model = FineLIPModel.from_clip(source, max_length=max_length, **(of_source | options))
     text, size = model.config.clip_config.text_config, model.config.clip_config.vision_config.image_size
     tokenizer = _tokenizer(None, folder, text.max_position_embeddings, None, text.vocab_size, str(file))
     if folder is not None and (folder / "preprocessor_config.json").is_file():

@@ -13,7 +13,8 @@ import scripts
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from finelip_diffusion.model import FineLIPModel
+from finelip_diffusion.evaluation.retrieval import embed_gallery, gallery_scores, ranks, scenes_gallery
+from finelip_diffusion.model import FineLIPModel, load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import describe, render, sample_scene
 
@@ -114,6 +115,24 @@ def test_every_gallery_is_measured_with_every_model(
     assert "16 images in 2 groups, 16 captions." in text
     assert f"| {models[1]} | without_first | FineLIP* (0.5 global) |" in text
     assert "16 of 16 | 77 tokens" in text
+
+
+def test_the_same_command_gives_the_same_figures(
+    script: ModuleType, models: tuple[Path, Path], coco: Path, tmp_path: Path
+) -> None:
+    """A CLIP without refinement is compared on all of its tokens: nothing that is drawn has a part in its score."""
+    reports = []
+    for run in ("one", "two"):
+        out = tmp_path / run
+        script.main(script.Arguments(output_dir=out, model=[str(models[0])], data=["scenes", str(coco)], num_groups=2))
+        reports.append(json.loads((out / "report.json").read_text())["galleries"])
+        torch.rand(3)  # whatever the process draws meanwhile
+    assert reports[0] == reports[1]
+    model, tokenizer, image_processor = load_clip(models[0])
+    scores = gallery_scores(embed_gallery(model, tokenizer, image_processor, scenes_gallery(2)))
+    found = ranks(scores.T, torch.eye(16, dtype=torch.bool)).tolist()
+    assert found == reports[0]["scenes"][str(models[0])]["ranks"]["whole/finelip/text_to_image"]
+    assert model.local_image(torch.rand(1, 17, 12)).shape == (1, 17, 12)
 
 
 def test_half_precision_and_a_launcher_work(models: tuple[Path, Path], coco: Path, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def _inception_file() -> Path:
 
 
 def _load_clip(weights: str | Path, device: torch.device, dtype: torch.dtype) -> Parts:
-    model = FineLIPModel.from_clip(weights, dtype=dtype).clip
+    model = FineLIPModel.from_clip(weights, dtype=dtype, refine_image=False, refine_text=False).clip
     tower, projection = model.vision_model.to(device), model.visual_projection.to(device)
 
     def network(pixels: Tensor) -> Tensor:
