@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.random import fork_rng
+from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import CLIPModel
 
 from .model import FineLIPModel, last_tokens
@@ -133,7 +135,7 @@ def cached_backward(
     """Gradients of the whole batch in the memory of a small one (GradCache, arXiv 2101.06983).
 
     The batch is encoded in parts without gradients; the loss of the whole gives the gradient of each representation;
-    each part is encoded again and handed its share. The gradients equal the plain step's.
+    each part is encoded again, from the same random state, and handed its share. The gradients equal the plain step's.
 
     Args:
         step: the step, not wrapped.
@@ -150,7 +152,11 @@ def cached_backward(
         for first in range(0, len(batch["image_ids"]), micro_batch_size)
     ]
     with torch.no_grad():
-        encoded = [step.encode(part) for part in parts]
+        states, encoded = [], []
+        for part in parts:
+            states.append((torch.get_rng_state(), get_device_states(part["image_ids"])))
+            encoded.append(step.encode(part))
+    torch.clear_autocast_cache()  # torch 2.6 keeps what was cast without gradients, and would give it out with them
     whole = {name: _joined(part[name] for part in encoded) for name in encoded[0]}
     trained = [name for name in whole if whole[name].is_floating_point() and not name.startswith("teacher_")]
     for name in trained:
@@ -158,8 +164,8 @@ def cached_backward(
     terms = step.objective(step.gather(whole))
     backward(scale * torch.stack(list(terms.values())).sum())
     first = 0
-    for part in parts:
-        again, count = step.encode(part), len(part["image_ids"])
+    for part, state in zip(parts, states, strict=True):
+        again, count = _encode_again(step, part, *state), len(part["image_ids"])
         handed, gradients = [], []
         for name in trained:
             gradient = whole[name].grad
@@ -174,6 +180,17 @@ def cached_backward(
         torch.autograd.backward(handed, gradients)
         first += count
     return {name: value.detach() for name, value in terms.items()}
+
+
+def _encode_again(
+    step: TrainingStep, part: Mapping[str, Tensor], state: Tensor, device_states: tuple[list[int], list[Tensor]]
+) -> Representations:
+    """Encodes a part from a random state, and leaves the one that was found: dropout drops what it dropped before."""
+    device = part["image_ids"].device.type
+    with fork_rng(device_states[0], device_type=device):
+        torch.set_rng_state(state)
+        set_device_states(*device_states, device_type=device)
+        return step.encode(part)
 
 
 def _joined(tensors: Iterable[Tensor]) -> Tensor:

@@ -34,7 +34,17 @@ LINES = {
     ],
     "world": ["scenes.world", "scenes.words", "scenes.facts", "scenes.wordings", "scenes", "metrics"],
     "data": ["data", "data.captions", "data.sources", "data.datasets", "data.batches"],
-    "train": ["refinement", "scores", "losses", "preservation", "recipes", "finelip_layout", "model", "objective"],
+    "train": [
+        "refinement",
+        "scores",
+        "losses",
+        "preservation",
+        "recipes",
+        "gathering",
+        "finelip_layout",
+        "model",
+        "objective",
+    ],
     "judge": [
         "evaluation",
         "evaluation.features",

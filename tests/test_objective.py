@@ -1,6 +1,7 @@
 """From a batch of scenes to gradients: every recipe trains what it says, and in parts as it does at once."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from finelip_diffusion.data.batches import Collator
@@ -43,15 +45,16 @@ def recipe_of(name: str) -> Recipe:
     return make_recipe(name, content)
 
 
-def make_step(name: str, dtype: torch.dtype = torch.float64) -> TrainingStep:
+def make_step(name: str, dtype: torch.dtype = torch.float64, **tower: float) -> TrainingStep:
     """A tiny model of random weights, its objective, and a teacher of other weights."""
     recipe = recipe_of(name)
     text = TOWER | {"vocab_size": 2098, "bos_token_id": 2096, "eos_token_id": 2097, "pad_token_id": 2097}
     vision = TOWER | {"image_size": 32, "patch_size": 8}
 
     def config(length: int) -> CLIPConfig:
-        long = text | {"max_position_embeddings": length, "initializer_factor": 3.0}
-        return CLIPConfig(text_config=long, vision_config=vision | {"initializer_factor": 3.0}, projection_dim=E)
+        more = tower | {"initializer_factor": 3.0}
+        long = text | more | {"max_position_embeddings": length}
+        return CLIPConfig(text_config=long, vision_config=vision | more, projection_dim=E)
 
     torch.manual_seed(0)
     parts = {f"refine_{part}": part in recipe.refine for part in ("image", "text")}
@@ -252,3 +255,65 @@ def test_cached_gradients_hold_one_part_at_a_time(batch_for: Any, monkeypatch: p
     monkeypatch.setattr(step, "encode", watched)
     cached_backward(step, batch, 3, Tensor.backward)
     assert sizes == [(3, False), (3, False), (1, False), (3, True), (3, True), (1, True)]
+
+
+class CacheOfTorch26(TorchFunctionMode):
+    """Autocast's cache as torch 2.6 keeps it: a weight that was cast without gradients is given out with them, too."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.cast: dict[int, Tensor] = {}
+        clear = torch.clear_autocast_cache
+        monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (self.cast.clear(), clear()))
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear and torch.is_autocast_enabled("cpu"):
+            tokens, weight, *bias = args
+            half = self.cast.setdefault(id(weight), weight.to(torch.bfloat16))
+            return function(tokens, half, *bias, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["finelip", "kps_infonce", "flair", "finelip_preserve"])
+@pytest.mark.parametrize("cache", ["own", "2.6"])
+def test_cached_gradients_under_mixed_precision(
+    name: str, cache: str, batch_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every parameter that the plain step trains, as near to float32 as plain autocast is: three roundings at most."""
+    step, batch = make_step(name, torch.float32), batch_for(name, torch.float32)
+    total(step(batch)).backward()
+    exact = gradients(step)
+    with torch.autocast("cpu", torch.bfloat16):
+        total(step(batch)).backward()
+    plain = gradients(step)
+    with CacheOfTorch26(monkeypatch) if cache == "2.6" else nullcontext(), torch.autocast("cpu", torch.bfloat16):
+        cached_backward(step, batch, 3, Tensor.backward)
+    cached = gradients(step)
+    assert cached.keys() == plain.keys() == exact.keys()
+    largest = max(gradient.abs().max() for gradient in exact.values())
+    rounding = max((plain[key] - gradient).abs().max() for key, gradient in exact.items())
+    assert 0 < rounding < largest / 4
+    for key, gradient in exact.items():
+        assert (cached[key] - gradient).abs().max() <= 3 * rounding, key
+
+
+def test_cached_gradients_drop_out_what_the_loss_dropped_out(batch_for: Any) -> None:
+    """Each part is encoded twice, with one draw; and the random state goes on as if it were encoded once."""
+    step, batch = make_step("finelip", attention_dropout=0.5), batch_for("finelip")
+    parts = [{name: tensor[first : first + 3] for name, tensor in batch.items()} for first in range(0, B, 3)]
+    torch.manual_seed(1)
+    encoded = [step.encode(part) for part in parts]
+    joined = {name: torch.cat([one[name] for one in encoded]) for name in encoded[0] if encoded[0][name].ndim}
+    terms = step.objective(joined | {"logit_scale": encoded[0]["logit_scale"]})
+    total(terms).backward()
+    state, expected = torch.get_rng_state(), gradients(step)
+
+    torch.manual_seed(1)
+    cached = cached_backward(step, batch, 3, Tensor.backward)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(cached["finelip"], terms["finelip"].detach(), rtol=1e-9, atol=0)
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for key, gradient in gradients(step).items():
+        assert (gradient - expected[key]).abs().max() <= 1e-9 * largest, key
+    torch.manual_seed(2)
+    assert cached_backward(step, batch, 3, Tensor.backward)["finelip"] != cached["finelip"]  # it does drop out

@@ -20,7 +20,6 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -28,8 +27,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
@@ -46,8 +43,9 @@ from transformers import HfArgumentParser
 from finelip_diffusion.data.batches import Collator, make_loader
 from finelip_diffusion.data.datasets import SkipLog, open_dataset
 from finelip_diffusion.evaluation import retrieval
+from finelip_diffusion.gathering import average_gradients, gather_with_gradients
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel, load_clip
-from finelip_diffusion.objective import Objective, Representations, TrainingStep, cached_backward
+from finelip_diffusion.objective import Objective, TrainingStep, cached_backward
 from finelip_diffusion.recipes import Recipe, read_recipe
 from finelip_diffusion.text_encoder import MAX_LENGTH, save_text_encoder
 
@@ -365,52 +363,6 @@ def model_card(args: Arguments, recipe: Recipe, settings: dict[str, Any], figure
     flags = " ".join(f"--{name} {value}" for name, value in settings.items() if value not in (None, False, "latest"))
     lines += ["", "Command:", "", "```bash", f"accelerate launch train/finetune_encoder.py {flags}", "```", ""]
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------- processes
-
-
-class _Join(torch.autograd.Function):
-    """The tensors of all processes, one behind the other; each gets the gradients that all have for its own."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, tensor)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def gather_with_gradients(representations: Representations) -> Representations:
-    """Joins the batches of all processes in the order of their ranks; a gradient goes back to where it came from.
-
-    Token tensors are padded to the longest of all processes; scalars are every process's own.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return representations
-    joint = {}
-    for name, tensor in sorted(representations.items()):
-        if tensor.ndim >= 2:
-            length = torch.tensor(tensor.shape[1], device=tensor.device)
-            dist.all_reduce(length, dist.ReduceOp.MAX)
-            missing = int(length) - tensor.shape[1]
-            tensor = F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, missing))
-        joint[name] = _Join.apply(tensor.contiguous()) if tensor.ndim else tensor
-    return joint
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """What DistributedDataParallel does behind a plain backward pass."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
 
 
 # --------------------------------------------------------------------------------------------------------------- main
