@@ -46,11 +46,12 @@ from finelip_diffusion.evaluation import retrieval
 from finelip_diffusion.gathering import average_gradients, gather_with_gradients
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel, load_clip
 from finelip_diffusion.objective import Objective, TrainingStep, cached_backward
+from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.recipes import Recipe, read_recipe
 from finelip_diffusion.text_encoder import MAX_LENGTH, save_text_encoder
 
 RECIPES = Path(__file__).parent / "recipes"
-BUNDLED_CLIP = Path(retrieval.__file__).parent / "bundled" / "clip"
+BUNDLED_CLIP = BUNDLED_MODEL / "clip"
 MAX_LOGIT_SCALE = math.log(100)
 
 
