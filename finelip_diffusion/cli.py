@@ -14,7 +14,7 @@ from . import __version__
 from .scenes import advice
 
 DTYPES = ("float32", "float16", "bfloat16")
-LAYOUTS = ("diffusers", "openai", "comfyui")
+LAYOUTS = ("diffusers", "openai", "comfyui", "kohya")
 LONG_PROMPTS = ("stretch", "truncate", "chunk", "segment", "auto")
 WEIGHTINGS = ("plain", "a1111", "compel")
 BUNDLED_GUIDANCE_SCALE = 3.0  # it is a small model without much to guide: at 7.5 it draws wrong colours

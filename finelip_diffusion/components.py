@@ -11,7 +11,8 @@ from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
-from .checkpoints import embedded_encoders, listed, read_checkpoint
+from .checkpoints import listed, read_checkpoint
+from .layouts import embedded_encoders
 from .locations import checkpoint_file, configuration_folder
 from .positions import STOCK_POSITIONS, stretch_positions
 from .text_encoder import TextEncoder, check_width, load_text_encoder, text_embeddings, text_layers

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .checkpoints import PROJECTION, listed, openai_layout, openai_name
+from .checkpoints import listed
+from .layouts import PROJECTION, openai_layout, openai_name
 
 _REFINEMENTS = {"image_refinement": "cross_net.aggr_net", "text_refinement": "cross_net.cap_aggr_net"}
 """Our name of each refinement, and that of FineLIP's code (`TokenAggregation` in its `model/cross_net.py`)."""

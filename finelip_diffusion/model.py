@@ -19,13 +19,15 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .checkpoints import HEAD_WIDTH, image_tower, read_checkpoint, write_safetensors
+from .checkpoints import read_checkpoint, write_safetensors
 from .finelip_layout import finelip_layout, refinement_weights
+from .layouts import HEAD_WIDTH
 from .locations import locate
 from .positions import KEPT_POSITIONS
 from .refinement import TokenRefinement
 from .scores import late_interaction
 from .text_encoder import MAX_LENGTH, _tokenizer, load_text_encoder
+from .towers import image_tower
 
 REFINED_SHARE = 0.2
 """Refined tokens for a patch: 39 of 196, 51 of 256."""

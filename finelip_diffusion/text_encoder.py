@@ -13,25 +13,13 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.activations import ACT2FN
 
-from .checkpoints import (
-    CONFIGURATION,
-    LAYOUTS,
-    POSITIONS,
-    PROJECTION,
-    TextWeights,
-    caveat,
-    check_weights,
-    huggingface_layout,
-    listed,
-    read_checkpoint,
-    read_configuration,
-    read_json,
-    text_weights,
-)
+from .checkpoints import CONFIGURATION, listed, read_checkpoint, read_configuration, read_json
 from .files import writing
+from .layouts import POSITIONS, PROJECTION, WRITTEN, caveat, huggingface_layout
 from .locations import configuration_folder, encoder_folder, locate
 from .positions import KEPT_POSITIONS, find_ratio, stretch_positions, stretched_length
 from .tokenizer import VOCAB_SIZE, clip_tokenizer
+from .towers import TextWeights, check_weights, text_weights
 
 MAX_LENGTH = 248
 """Tokens that a stretched encoder reads: 77 rows, 20 kept, ratio 4."""
@@ -200,15 +188,15 @@ def save_checkpoint(
             folder, does not end in .safetensors, or exists and `overwrite` is false; or the disk is full.
     """
     path = Path(path)
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown: choose from {', '.join(LAYOUTS)}.")
+    if layout not in WRITTEN:
+        raise ValueError(f"layout={layout!r} is unknown: choose from {', '.join(WRITTEN)}.")
     if path.suffix != ".safetensors" or path.is_dir():
         raise ValueError(f"{path} must be a file that ends in .safetensors: layout={layout!r} is one file.")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} would be overwritten: choose another file, or say overwrite=True.")
     config = _saved_config(text_encoder)
     _take_ids(config, tokenizer)
-    tensors = LAYOUTS[layout](_canonical(text_encoder))
+    tensors = WRITTEN[layout](_canonical(text_encoder))
     if (reason := caveat(layout, config)) is not None:
         logger.warning("%s: %s", path, reason)
     metadata = {"format": "pt", CONFIGURATION: json.dumps(config.to_dict())}
@@ -287,7 +275,7 @@ def _check(weights: TextWeights, config: CLIPTextConfig, with_projection: bool) 
             f"{weights.where} lacks the text weights {weights.own_name(PROJECTION)}: leave the projection out "
             f"(projection=False, --no-projection), which the layout openai cannot, or give a source that has one."
         )
-    whole = weights.layout != "huggingface" and weights.place is None  # these layouts always have the projection
+    whole = weights.layout.openai and weights.place is None  # these layouts always have the projection
     with torch.device("meta"):
         model = (CLIPTextModelWithProjection if with_projection or whole else CLIPTextModel)(config)
     check_weights(weights, {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()})

@@ -9,18 +9,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig
 
-from finelip_diffusion.checkpoints import (
-    CONFIGURATION,
-    POSITIONS,
-    PROJECTION,
-    caveat,
-    check_weights,
-    huggingface_layout,
-    openai_layout,
-    read_checkpoint,
-    read_configuration,
-    text_weights,
-)
+from finelip_diffusion.checkpoints import CONFIGURATION, read_checkpoint, read_configuration
+from finelip_diffusion.layouts import POSITIONS, PROJECTION, caveat, huggingface_layout, openai_layout
+from finelip_diffusion.towers import check_weights, text_weights
 
 WIDTH, LAYERS, VOCAB, EMBED = 64, 2, 99, 32
 
@@ -64,7 +55,7 @@ def expected_of(state):
 def test_openai_names_become_ours():
     state = openai_state()
     weights = text_weights(state)
-    assert weights.layout == "openai" and weights.set_aside == ("logit_scale", "visual.conv1.weight")
+    assert weights.layout.name == "openai" and weights.set_aside == ("logit_scale", "visual.conv1.weight")
     assert torch.equal(weights.tensors[PROJECTION], state["text_projection"].T)
     assert weights.tensors[PROJECTION].is_contiguous()
     for position, name in enumerate("qkv"):
@@ -81,7 +72,7 @@ def test_openai_names_become_ours():
 def test_two_tables_are_merged_and_training_parts_set_aside():
     state = openai_state(248, two_tables=True)
     weights = text_weights(state)
-    assert weights.layout == "two-table" and weights.activation_is_known
+    assert weights.layout.name == "two-table" and weights.activation_is_known
     assert "cross_net.sparc.weight" in weights.set_aside
     merged = weights.tensors[POSITIONS]
     assert torch.equal(merged[:20], state["positional_embedding"][:20])
@@ -94,7 +85,7 @@ def test_open_clip_layouts_agree():
     custom = open_clip.model.convert_to_custom_text_state_dict(state)
     assert "text.transformer.resblocks.0.ln_1.weight" in custom
     plain, prefixed = text_weights(state), text_weights(custom)
-    assert prefixed.layout == "open_clip" and prefixed.config().hidden_act == "gelu"
+    assert prefixed.layout.name == "open_clip" and prefixed.config().hidden_act == "gelu"
     assert plain.tensors.keys() == prefixed.tensors.keys()
     assert all(torch.equal(plain.tensors[name], prefixed.tensors[name]) for name in plain.tensors)
 
@@ -310,7 +301,7 @@ def test_transformers_names_there_and_back():
     named = huggingface_layout(tensors)
     assert all(name.startswith(("text_model.", "text_projection.weight")) for name in named)
     back = text_weights(named)
-    assert back.layout == "huggingface" and back.tensors.keys() == tensors.keys()
+    assert back.layout.name == "huggingface" and back.tensors.keys() == tensors.keys()
     assert all(torch.equal(back.tensors[name], tensor) for name, tensor in tensors.items())
 
 
@@ -329,7 +320,7 @@ def test_what_other_programs_make_of_an_encoder():
     published = CLIPTextConfig(hidden_size=768, num_attention_heads=12, max_position_embeddings=248)
     assert caveat("openai", published) is None and caveat("comfyui", published) is None
     gelu = CLIPTextConfig(hidden_size=768, num_attention_heads=8, hidden_act="gelu", max_position_embeddings=248)
-    assert "but this encoder gelu and heads of width 96" in str(caveat("openai", gelu))
+    assert "but this encoder has gelu and heads of width 96" in str(caveat("openai", gelu))
     small = CLIPTextConfig(hidden_size=512, num_attention_heads=8, max_position_embeddings=248)
     assert "but this one is 512 wide with 12." in str(caveat("comfyui", small))
     assert caveat("comfyui", CLIPTextConfig(hidden_size=512, num_attention_heads=8)) is None  # 77 rows: no long one

@@ -266,13 +266,13 @@ def test_help_loads_no_library():
 
 
 def test_strategies_and_layouts_are_those_of_the_package():
-    from finelip_diffusion.checkpoints import LAYOUTS
+    from finelip_diffusion.layouts import WRITTEN
     from finelip_diffusion.prompts import LONG_PROMPTS
     from finelip_diffusion.weighting import WEIGHTINGS
 
     assert cli.LONG_PROMPTS == LONG_PROMPTS
     assert cli.WEIGHTINGS == WEIGHTINGS
-    assert ("diffusers", *LAYOUTS) == cli.LAYOUTS
+    assert ("diffusers", *WRITTEN) == cli.LAYOUTS
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in cli.DTYPES)
 
 

@@ -19,6 +19,8 @@ LINES = {
     "draw": [
         "positions",
         "checkpoints",
+        "layouts",
+        "towers",
         "locations",
         "tokenizer",
         "text_encoder",

@@ -16,12 +16,12 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextMode
 
 import finelip_diffusion
 from finelip_diffusion import FineLIPStableDiffusionPipeline, load_text_encoder
-from finelip_diffusion.checkpoints import image_tower
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel, FineLIPOutput, load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.positions import stretch_positions
 from finelip_diffusion.text_encoder import save_text_encoder
 from finelip_diffusion.tokenizer import VOCAB_SIZE
+from finelip_diffusion.towers import image_tower
 
 E, PATCHES, REFINED = 24, 16, 3
 TOKENIZER = CLIPTokenizer.from_pretrained(BUNDLED_MODEL, subfolder="tokenizer")
