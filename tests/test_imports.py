@@ -34,7 +34,16 @@ LINES = {
         "pipeline",
         "attention",
     ],
-    "world": ["scenes.world", "scenes.words", "scenes.facts", "scenes.wordings", "scenes", "metrics"],
+    "world": [
+        "scenes.world",
+        "scenes.words",
+        "scenes.facts",
+        "scenes.families",
+        "scenes.noise",
+        "scenes.wordings",
+        "scenes",
+        "metrics",
+    ],
     "data": ["data", "data.captions", "data.sources", "data.datasets", "data.batches"],
     "train": [
         "refinement",

@@ -73,7 +73,9 @@ class Arguments:
 
     train_data: str = field(
         default="scenes",
-        metadata={"help": "scenes, a folder, a JSON file, tar shards, or an id of datasets: docs/training.md."},
+        metadata={
+            "help": "scenes, scenes:WORDING, a folder, a JSON file, tar shards, or an id of datasets: docs/training.md."
+        },
     )
     image_root: Path | None = field(default=None, metadata={"help": "What image paths in a JSON file start from."})
     image_column: str | None = field(default=None, metadata={"help": "Of the image; by default image or file_name."})
@@ -375,7 +377,7 @@ def open_data(args: Arguments) -> tuple[Any, Any]:
     dataset = open_dataset(
         args.train_data, seed=args.seed, num_scenes=args.num_scenes, image_root=args.image_root, **columns
     )
-    if args.validation_data is None and args.train_data == "scenes":
+    if args.validation_data is None and args.train_data.partition(":")[0] == "scenes":
         return dataset, retrieval.scenes_gallery(args.num_validation_examples // 8)
     if args.validation_data is None:
         return dataset, None

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from ..scenes import Scene, describe, render, sample_scene, vary
+from ..scenes import FAMILIES, Scene, describe, render, sample_scene, vary
 from .sources import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -215,13 +215,29 @@ class ScenesDataset(CaptionDataset):
         num_scenes: Pictures.
         seed: Which scenes.
         group_size: Pictures of a group; 1 for scenes that have nothing to do with each other.
+        wording: How scenes are told: `"all"`, each draw in a training family of its own and with noise; `"unseen"`,
+            the same in families and words that no training caption has; or the name of one family, without noise.
+
+    Raises:
+        ValueError: For an unknown split or wording.
     """
 
     def __init__(
-        self, split: str = "train", num_scenes: int = 40_000, seed: int = 0, group_size: int = GROUP_SIZE
+        self,
+        split: str = "train",
+        num_scenes: int = 40_000,
+        seed: int = 0,
+        group_size: int = GROUP_SIZE,
+        wording: str = "sentences",
     ) -> None:
         self.split, self.num_scenes, self.seed, self.group_size = split, num_scenes, seed, group_size
-        self._base(0)  # refuses an unknown split
+        several = {"all": "train", "unseen": "unseen"}
+        self._telling: dict[str, Any] = {"wording": wording}
+        if wording in several:
+            self._telling = {"wording": "any", "split": several[wording], "noise": True}
+        elif wording in FAMILIES["unseen"]:
+            self._telling["split"] = "unseen"
+        describe(self._base(0)[1], **self._telling)  # refuses an unknown split or wording
 
     def __len__(self) -> int:
         return self.num_scenes
@@ -237,7 +253,9 @@ class ScenesDataset(CaptionDataset):
         if turn:
             other = "exchange" if len(scene.objects) > 1 else "alter"
             scene = vary(scene, "move" if turn <= self.group_size // 2 else other, self.group_size * seed + turn - 1)
-        return Example(render(scene), str(describe(scene, draw)), repr(scene), self.name(index), draw=draw)
+        return Example(
+            render(scene), str(describe(scene, draw, **self._telling)), repr(scene), self.name(index), draw=draw
+        )
 
     def name(self, index: int) -> str:
         return f"scenes:{self.split}:{index}"
@@ -332,9 +350,9 @@ def open_dataset(
     """Opens captioned images of any of these kinds, told apart by looking.
 
     Args:
-        source: `"scenes"`; a folder or file that `sources.read_records` knows (imagefolder, DOCCI, Urban1k, JSON,
-            JSON lines, CSV, COCO, Karpathy); tar shards as a path, glob or braces (WebDataset, streamed); a folder or
-            id of the `datasets` library.
+        source: `"scenes"`, or `"scenes:WORDING"` (see `ScenesDataset`); a folder or file that `sources.read_records`
+            knows (imagefolder, DOCCI, Urban1k, JSON, JSON lines, CSV, COCO, Karpathy); tar shards as a path, glob or
+            braces (WebDataset, streamed); a folder or id of the `datasets` library.
         split: Of sources that have splits; others are taken whole.
         image_root: Where the image files of a list are, if not beside it.
         image_column, caption_column: Names in rows, where they are not the usual ones.
@@ -345,8 +363,9 @@ def open_dataset(
         ValueError: If the source is none of these, or nothing in it can be used.
     """
     source = os.fspath(source)
-    if source == "scenes":
-        return ScenesDataset(split, num_scenes, seed)
+    world, _, wording = source.partition(":")
+    if world == "scenes":
+        return ScenesDataset(split, num_scenes, seed, wording=wording or "sentences")
     if source.endswith(".tar"):
         return TarDataset(expand_shards(source), seed, caption_column)
     path, found = Path(source), None

@@ -16,7 +16,7 @@ from .facts import (
     findings,
     stock_border,
 )
-from .wordings import describe
+from .wordings import FAMILIES, describe
 from .words import PLACES, SIZE_WORDS
 from .world import (
     ATTRIBUTES,
@@ -40,6 +40,7 @@ __all__ = [
     "BACKGROUNDS",
     "CELL_SIZE",
     "COLOURS",
+    "FAMILIES",
     "IMAGE_SIZE",
     "PLACES",
     "SHAPES",

@@ -1,8 +1,11 @@
 """Captions of scenes: a scene, told in words that a seed chooses, and which characters state what."""
 
 import random
+import re
 
 from .facts import Caption, Fact
+from .families import CLOSE, OPEN, TRAINED, UNSEEN, Teller, preamble
+from .noise import disturbed
 from .words import COLUMNS, NUMBERS, PLACES, ROWS, SIZE_WORDS
 from .world import Scene
 
@@ -34,23 +37,85 @@ def _place(cell: int, rng: random.Random) -> str:
     return rng.choice((*PLACES[cell], f"in the {ROWS[row][0]} row and the {COLUMNS[column]} column"))
 
 
-def describe(scene: Scene, seed: int = 0, like: Scene | None = None) -> Caption:
-    """Describes a scene: an opening, then a sentence for each object, in random order and varied wording.
+FAMILIES = {"train": ("sentences", *TRAINED), "unseen": tuple(UNSEEN)}
+"""Names of the wording families: those of the training split, and those that no training caption is told in."""
+SPLITS = tuple(FAMILIES)
+SENTENCES_WEIGHT = 3  # how often "any" chooses the sentences, the others being 1
+PREAMBLES = 0.3  # share of captions that begin with sentences that say nothing, so that facts lie at any token
 
-    Scenes of 4 to 9 objects take about 60 to 240 CLIP tokens.
+
+def describe(
+    scene: Scene,
+    seed: int = 0,
+    like: Scene | None = None,
+    *,
+    wording: str = "sentences",
+    split: str = "train",
+    noise: bool = False,
+) -> Caption:
+    """Describes a scene in one of the many ways in which people do.
+
+    `"sentences"`, the first family and the default: an opening, then a sentence for each object, in random order and
+    varied wording; scenes of 4 to 9 objects take about 60 to 240 CLIP tokens.
 
     Args:
         scene: the scene.
-        seed: any integer; the same scene and seed give the same caption.
+        seed: any integer; the same arguments give the same caption.
         like: another scene with as many objects, in whose order and wording this one is told: what both hold gets the
-            same sentence, and the captions differ where the scenes do, nowhere else.
+            same sentence, and the captions differ where the scenes do, nowhere else. In `"sentences"` alone.
+        wording: a name in `FAMILIES`, or `"any"`, one of the split, which the seed chooses.
+        split: `"train"`, or `"unseen"`: families, synonyms and names of places that no training caption has. A family
+            of the training split may be told in the words of the other.
+        noise: whether case, punctuation, spelling and typos vary, too (`noise.disturbed`).
 
     Returns:
         The caption, a `str` whose `facts` tell which characters name which object.
 
     Raises:
-        ValueError: if `like` has another number of objects.
+        ValueError: if `like` has another number of objects or meets another family, or there is no such family or
+            split.
     """
+    if split not in SPLITS:
+        raise ValueError(f"The split of a wording is 'train' or 'unseen', not {split!r}.")
+    if wording == "any":
+        names = FAMILIES[split]
+        weights = [SENTENCES_WEIGHT if name == "sentences" else 1 for name in names]
+        wording = random.Random(f"family {seed} {scene}").choices(names, weights)[0]
+    if wording == "sentences":
+        caption = _in_sentences(scene, seed, like)
+    elif like is not None:
+        raise ValueError(f"The wording 'sentences' alone can tell a scene like another, not {wording!r}.")
+    else:
+        tell = (TRAINED if split == "train" else {**TRAINED, **UNSEEN}).get(wording)
+        if tell is None:
+            known = ", ".join((*FAMILIES["train"], *(FAMILIES["unseen"] if split == "unseen" else ())))
+            raise ValueError(f"The wording {wording!r} is not one of the split {split!r}: choose any, {known}.")
+        teller = Teller(scene, random.Random(f"{wording} {split} {scene} {seed}"), split)
+        text = tell(teller)
+        if wording not in ("prose", "tags") and teller.chance(PREAMBLES):
+            text = f"{preamble(teller)} {text}"
+        caption = _unmarked(text, scene)
+    return disturbed(caption, seed) if noise else caption
+
+
+def _unmarked(text: str, scene: Scene) -> Caption:
+    """A family's text, its marks taken out and kept as facts."""
+    parts, facts, length, opened = [], [], 0, []
+    for part in re.split(r"([\ue000-\ue0ff])", text):
+        if part == CLOSE:
+            item, start = opened.pop()
+            facts.append(Fact(item, start, length))
+        elif part and ord(part[0]) in range(OPEN, OPEN + 9):
+            opened.append((scene.objects[ord(part[0]) - OPEN], length))
+        else:
+            parts.append(part)
+            length += len(part)
+    caption = Caption("".join(parts))
+    caption.facts = tuple(facts)
+    return caption
+
+
+def _in_sentences(scene: Scene, seed: int, like: Scene | None) -> Caption:
     like = like or scene
     count = len(like.objects)
     if len(scene.objects) != count:

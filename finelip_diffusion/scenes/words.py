@@ -79,6 +79,77 @@ def plural(noun: str) -> str:
     return PLURALS.get(noun, noun + "s")
 
 
+# Places: {t} top or bottom, {u} upper or lower, {d} up or down, {s} left or right. As an adverb, bare, and as a noun.
+CORNER = (
+    (
+        "in the {t} {s} corner", "at the {u} {s}", "in the {t}-{s} corner", "on the {t} {s}", "at the {t} on the {s}",
+        "on the {s} at the {t}", "{d} in the {s} corner", "in the {u} {s} part", "in the {u} {s} corner",
+        "at the {t}, far {s}", "in the {t} row on the {s}", "in the {t} row and the {s} column", "in the {t} {s}",
+        "in the {s} column at the {t}",
+    ),
+    ("{t} {s}", "{u} {s}", "{t}-{s}", "{u}-{s}", "{t} {s} corner", "{s} {t}"),
+    ("the {t} {s} corner", "the {u} {s}", "the {t} {s}", "the {t}-{s} cell", "the {u} {s} corner"),
+)  # fmt: skip
+END = (
+    (
+        "at the {t} in the middle", "at the {u} center", "at the {t} center", "in the middle of the {t} row",
+        "in the {t} middle", "halfway along the {t}", "at the {t}, centered", "in the center of the {t} edge",
+        "in the {t} row and the middle column", "in the middle column at the {t}", "in the {u} middle",
+    ),
+    ("{t} center", "{t} middle", "{u} middle", "{t}-center", "{u} center", "{t}-middle", "middle {t}"),
+    ("the {t} center", "the middle of the {t} row", "the {u} middle", "the {t} middle"),
+)  # fmt: skip
+SIDE = (
+    (
+        "on the {s} side, halfway down", "at the center {s}", "in the middle of the {s} side", "at the middle {s}",
+        "on the {s} at mid-height", "halfway down the {s} side", "on the {s} in the middle row", "in the middle {s}",
+        "in the middle row and the {s} column", "in the middle of the {s} column", "on the {s} of the middle row",
+    ),
+    ("middle {s}", "center {s}", "{s} middle", "{s} center", "mid {s}", "middle-{s}", "center-{s}"),
+    ("the middle {s}", "the {s} center", "the middle of the {s} side", "the {s} of the middle row"),
+)  # fmt: skip
+CENTER = (
+    (
+        "in the very center", "in the middle of the picture", "in the center", "in the middle", "right in the middle",
+        "dead center", "at the center of the image", "in the exact middle", "in the middle row and the middle column",
+        "in the center of it all", "in the center of the grid",
+    ),
+    ("center", "middle", "dead center", "exact center", "very center"),
+    ("the center", "the middle", "the very center", "the central cell"),
+)  # fmt: skip
+UNSEEN_PLACES = frozenset(
+    ["in the {u} {s} part", "{s} {t}", "halfway along the {t}", "middle {t}", "at the middle {s}", "center-{s}",
+     "in the center of the grid"]
+)  # fmt: skip
+COMPASS = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
+ORDINALS = ("first", "second", "third")
+
+
+@functools.cache
+def places(cell: int, split: str = "train") -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """What the place of a cell is called: `"in the top left corner"`, bare, `"top left"`, and as a noun.
+
+    Args:
+        cell: 0..8.
+        split: `"train"` leaves out what is never trained on.
+    """
+    row, column = divmod(cell, 3)
+    phrases = CENTER if cell == 4 else SIDE if row == 1 else END if column == 1 else CORNER
+    names = {"t": ("top", "", "bottom")[row], "u": ("upper", "", "lower")[row], "d": ("up", "", "down")[row]}
+    names["s"] = ("left", "", "right")[column]
+    adverbs, bare, nouns = (
+        tuple(each.format(**names) for each in kind if split != "train" or each not in UNSEEN_PLACES)
+        for kind in phrases
+    )
+    return adverbs, bare, nouns
+
+
+@functools.cache
+def synonyms(attribute: str, value: str, split: str = "train") -> tuple[str, ...]:
+    """What a value is called, the plain name first; `"train"` leaves out `UNSEEN_SYNONYMS`."""
+    return tuple(word for word in SYNONYMS[attribute][value] if split != "train" or word not in UNSEEN_SYNONYMS)
+
+
 @functools.cache
 def meanings() -> dict[str, dict[str, Any]]:
     """What each attribute may be called in a caption, in small letters: the name, and the value that it names."""
