@@ -9,8 +9,9 @@ import logging
 import textwrap
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
+import transformers
 from PIL import Image, ImageDraw, ImageFont
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline
@@ -23,7 +24,9 @@ FONT, SMALL = ImageFont.load_default(20), ImageFont.load_default(16)
 
 def compare(prompt: str, seed: int, steps: int) -> tuple[Image.Image, Image.Image, int]:
     """Both images, and how many characters of the prompt the stock encoder reads."""
-    stock = StableDiffusionPipeline.from_pretrained(BUNDLED_MODEL)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # of loading; drawing keeps its own
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(BUNDLED_MODEL)
     pipe = FineLIPStableDiffusionPipeline.from_pretrained()
     print(pipe.describe_prompt(prompt, long_prompt="truncate"))
     print(pipe.describe_prompt(prompt))

@@ -3,6 +3,7 @@
 The public names. Each is imported on first use, so `import finelip_diffusion` itself loads no library.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     from .pipeline import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
     from .prompts import PromptReport
     from .text_encoder import load_text_encoder
+
+# transformers says so on every import of a pipeline; no pipeline here needs torchvision, and PIL does the same.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision (not installed)" not in record.getMessage()
+)
 
 __version__ = "0.1.0.dev0"
 

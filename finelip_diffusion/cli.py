@@ -17,6 +17,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("diffusers", "openai", "comfyui", "kohya")
 LONG_PROMPTS = ("stretch", "truncate", "chunk", "segment", "auto")
 WEIGHTINGS = ("plain", "a1111", "compel")
+STEPS = 20
+GUIDANCE_SCALE = 7.5
 BUNDLED_GUIDANCE_SCALE = 3.0  # it is a small model without much to guide: at 7.5 it draws wrong colours
 
 
@@ -69,7 +71,8 @@ def generate(args: argparse.Namespace) -> None:
     pipe = _pipeline(args)
     guidance_scale = args.guidance_scale
     if guidance_scale is None:
-        guidance_scale = BUNDLED_GUIDANCE_SCALE if args.model is None else 7.5
+        guidance_scale = BUNDLED_GUIDANCE_SCALE if args.model is None else GUIDANCE_SCALE
+    height, width = _size(pipe, args.height, args.width)
     print(pipe.describe_prompt(prompt), flush=True)
     for number, (seed, path) in enumerate(zip(seeds, paths, strict=True), start=1):
         pipe.set_progress_bar_config(desc=f"image {number} of {args.num_images}")
@@ -78,8 +81,8 @@ def generate(args: argparse.Namespace) -> None:
             negative_prompt=args.negative_prompt,
             num_inference_steps=args.steps,
             guidance_scale=guidance_scale,
-            height=args.height,
-            width=args.width,
+            height=height,
+            width=width,
             generator=torch.Generator().manual_seed(seed),  # on the CPU: the same noise on every device
         ).images[0]
         settings = {
@@ -177,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--negative-prompt", metavar="TEXT")
     command.add_argument("--seed", type=_integer(0, 2**63 - 1), default=0, help="of the first image (default: 0)")
     command.add_argument("--num-images", type=_integer(1), default=1, help="one for each following seed (default: 1)")
-    command.add_argument("--steps", type=_integer(1), default=30, help="denoising steps (default: 30)")
+    command.add_argument("--steps", type=_integer(1), default=STEPS, help="denoising steps (default: 20)")
     command.add_argument("--guidance-scale", type=_scale, help="(default: 7.5; the bundled model, 3)")
     command.add_argument("--height", type=_integer(8, multiple=8), help="pixels (default: the model's)")
     command.add_argument("--width", type=_integer(8, multiple=8), help="pixels (default: the model's)")
@@ -254,6 +257,8 @@ def _prompt(args: argparse.Namespace) -> str:
         where = str(args.prompt_file)
         try:
             prompt = args.prompt_file.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise ValueError(f"{where} does not exist: give --prompt-file the path of a UTF-8 text file.") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{where} is no UTF-8 text: {error.reason} at byte {error.start}.") from None
     try:
@@ -293,14 +298,14 @@ def load_pipeline(
         The pipeline.
 
     Raises:
-        ValueError: If the model is of another kind, or the encoder does not fit it.
-        OSError: If one of them is missing.
+        ValueError: If the model is missing or of another kind, or the encoder is missing or does not fit it.
     """
     import diffusers
     import torch
     import transformers
 
     from . import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
+    from .locations import model_index
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
@@ -311,12 +316,10 @@ def load_pipeline(
     }
     kind = "StableDiffusionPipeline"
     if model is not None:
-        kind = diffusers.DiffusionPipeline.load_config(model).get("_class_name")
+        kind = model_index(model, {}).get("_class_name", "model of no kind")
     if kind not in classes:
         raise ValueError(f"{model} is a {kind}: give a model of {' or '.join(classes)}.")
-    pipe = classes[kind].from_pretrained(
-        model, finelip=finelip, long_prompt=long_prompt, torch_dtype=getattr(torch, dtype)
-    )
+    pipe = classes[kind].from_pretrained(model, finelip=finelip, long_prompt=long_prompt, dtype=getattr(torch, dtype))
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -324,6 +327,13 @@ def _pipeline(args: argparse.Namespace):
     pipe = load_pipeline(args.model, args.finelip, long_prompt=args.long_prompt, dtype=args.dtype, device=args.device)
     pipe.weighting, pipe.blend = args.weighting, args.blend
     return pipe
+
+
+def _size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels, the model's where one is not given: diffusers ignores one without the other."""
+    side = pipe.unet.config.sample_size
+    sides = [side, side] if isinstance(side, int) else side
+    return height or sides[0] * pipe.vae_scale_factor, width or sides[1] * pipe.vae_scale_factor
 
 
 def _write_image(image: Any, path: Path, metadata: dict[str, Any]) -> None:

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import file_exists, hf_hub_download, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
 from .checkpoints import SUFFIXES, read_json, shard_names
 
@@ -64,13 +64,55 @@ def checkpoint_file(source: str | Path, hub: dict[str, Any]) -> Path | None:
     link = _HUB_LINK.fullmatch(str(source))
     if link is None:
         return None
+    return _hub_file(source, link[1], link[3], {**hub, "revision": link[2]})
+
+
+def model_index(source: str | Path, hub: dict[str, Any]) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline, which says of which kind it is.
+
+    Args:
+        source: A folder in diffusers' layout, or a hub id.
+        hub: `revision`, `token`, `local_files_only`, `cache_dir`.
+
+    Raises:
+        ValueError: If there is none, or the hub cannot be reached. One sentence.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(
+                f"{source} holds no model_index.json: give the folder of a pipeline in diffusers' layout."
+            )
+        return read_json(folder / "model_index.json")
+    if not _HUB_ID.fullmatch(str(source)):
+        raise ValueError(f"{source} does not exist: give the folder of a pipeline, or a hub id (owner/name).")
+    return read_json(_hub_file(source, str(source), "model_index.json", hub))
+
+
+def _hub_file(source: str | Path, repository: str, name: str, hub: dict[str, Any]) -> Path:
+    """A file of the hub, from the cache or downloaded.
+
+    Where the network is missing, the hub's library tries five times and then says that the file does not exist: this
+    asks once, and says so.
+    """
     try:
-        return Path(hf_hub_download(link[1], link[3], **{**hub, "revision": link[2]}))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ValueError(
-            f"{source} cannot be reached and is not cached ({type(error).__name__}): check link and network, or "
-            f"download the file and give its path."
-        ) from error
+        return Path(hf_hub_download(repository, name, **{**hub, "local_files_only": True}))
+    except LocalEntryNotFoundError as error:
+        reason: Exception = error
+    if not hub.get("local_files_only"):
+        try:
+            if file_exists(repository, name, revision=hub.get("revision"), token=hub.get("token")):
+                return Path(hf_hub_download(repository, name, **hub))
+        except GatedRepoError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        except Exception as error:  # httpx's, httpx2's or the hub library's own: whichever it is, there is no file
+            reason = error
+        else:
+            raise ValueError(f"{source} is not on the hub, or has no {name} there: check the name.")
+    raise ValueError(
+        f"{source} cannot be reached and is not cached ({type(reason).__name__}): check the name and the network, or "
+        f"download it and give its path."
+    ) from reason
 
 
 def configuration_folder(source: str | Path, hub: dict[str, Any]) -> Path:

@@ -27,8 +27,10 @@ from transformers import (
 
 from .adapters import AdapterMixin
 from .components import STOCK, check_widths, is_stock, long_encoder, single_file_components
+from .locations import model_index
 from .prompts import LONG_PROMPTS, LongPrompt
 from .readers import Reader, ReadingMixin, one_of
+from .upstream import name_dtype
 from .weighting import Weighting
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
 """A small Stable Diffusion of the scenes world; its `finelip/` holds the long encoder and the UNet adapted to it."""
 
+HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "token")
 SECOND_ENCODERS = ("stretch", "window")
 HIDDEN_STATES = ("penultimate", "last_norm")
 
@@ -67,13 +70,16 @@ class _LongPromptMixin(AdapterMixin, ReadingMixin):
             The pipeline.
 
         Raises:
-            ValueError: If the encoder's width is not the one that the UNet reads, or an argument is none of its
-                choices; and whatever `load_text_encoder` raises.
-            OSError: If the base is neither a folder nor to be had from the hub.
+            ValueError: If the base is not a pipeline's folder and cannot be had from the hub, the encoder's width is
+                not the one that the UNet reads, or an argument is none of its choices; and whatever
+                `load_text_encoder` raises.
+            OSError: If a part of the base is missing.
         """
         one_of("long_prompt", long_prompt, LONG_PROMPTS)
+        kwargs = name_dtype(kwargs)
         if base is None:
             base, finelip = BUNDLED_MODEL, finelip or BUNDLED_MODEL / "finelip"
+        model_index(base, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs})
         if Path(base).is_dir():  # one that `from_pipe` made of ours names the stock encoders, and saves none
             names = [f"{STOCK}{part}{place}" for part in ("text_encoder", "tokenizer") for place in cls._places]
             kwargs = {**{name: None for name in names if not (Path(base) / name).is_dir()}, **kwargs}
@@ -108,6 +114,7 @@ class _LongPromptMixin(AdapterMixin, ReadingMixin):
                 is none of its choices; and whatever `load_text_encoder` raises.
         """
         one_of("long_prompt", long_prompt, LONG_PROMPTS)
+        kwargs = name_dtype(kwargs)
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype")) or torch.float32  # diffusers' default for a file
         hub: dict[str, Any] = {
             name: kwargs[name] for name in ("token", "local_files_only", "cache_dir") if name in kwargs
@@ -547,9 +554,8 @@ def _adapted_unet(finelip: str | Path | None, kwargs: dict[str, Any]) -> dict[st
     if "unet" in kwargs or finelip is None or not (Path(finelip) / "unet").is_dir():
         return {}
     logger.info("the UNet in %s was adapted to the encoder beside it and replaces that of the base", finelip)
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    device_map = kwargs.get("device_map")
-    unet = UNet2DConditionModel.from_pretrained(finelip, subfolder="unet", torch_dtype=dtype, device_map=device_map)
+    options = {name: kwargs[name] for name in ("dtype", "torch_dtype", "device_map") if name in kwargs}
+    unet = UNet2DConditionModel.from_pretrained(finelip, subfolder="unet", **options)
     return {"unet": unet}
 
 

@@ -5,9 +5,30 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
+import diffusers
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTextModel
+
+
+def name_dtype(options: dict[str, Any]) -> dict[str, Any]:
+    """Names the type of the weights as the installed diffusers does: `dtype` from 0.40 on, `torch_dtype` before.
+
+    Args:
+        options: Arguments of a `from_pretrained` or `from_single_file`, with either name, or with none.
+
+    Returns:
+        The same arguments, under the name that prints no warning.
+
+    Raises:
+        ValueError: If both names are there.
+    """
+    names = [name for name in ("dtype", "torch_dtype") if options.get(name) is not None]
+    if len(names) > 1:
+        raise ValueError("dtype and torch_dtype are both given: torch_dtype is the old name of dtype, give dtype.")
+    known = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
+    rest = {name: value for name, value in options.items() if name not in ("dtype", "torch_dtype")}
+    return {**rest, known: options[names[0]]} if names else rest
 
 
 def mend_clip_skip(pipe: DiffusionPipeline) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,10 @@ from finelip_diffusion.tokenizer import clip_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def finelip(*args: object) -> subprocess.CompletedProcess[str]:
+def finelip(*args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """In a process of its own."""
     command = [sys.executable, "-m", "finelip_diffusion.cli", *map(str, args)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
 
@@ -158,7 +160,11 @@ def test_one_line_for_whatever_is_wrong(generate, tmp_path, finelip_folder):
     other.mkdir()
     (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     cases = [
-        ({"prompt": ("--prompt-file", tmp_path / "missing.txt")}, [], "No such file"),
+        (
+            {"prompt": ("--prompt-file", tmp_path / "missing.txt")},
+            [],
+            "missing.txt does not exist: give",
+        ),
         ({"prompt": ("--prompt-file", tmp_path)}, [], "Is a directory"),
         ({"prompt": ("--prompt-file", empty)}, [], "empty.txt is empty"),
         ({"prompt": ("--prompt", "")}, [], "--prompt is empty"),
@@ -170,6 +176,7 @@ def test_one_line_for_whatever_is_wrong(generate, tmp_path, finelip_folder):
         ({"model": tmp_path / "no model"}, [], "no model"),
         ({"model": "nobody/nothing"}, [], "nobody/nothing"),
         ({"model": other}, [], "is a FluxPipeline"),
+        ({"model": file.parent}, [], "holds no model_index.json: give the folder of a pipeline"),
         ({}, ["--finelip", tmp_path / "no encoder"], "no encoder"),
         ({}, ["--device", "abacus"], "abacus"),
     ]
@@ -180,6 +187,50 @@ def test_one_line_for_whatever_is_wrong(generate, tmp_path, finelip_folder):
         assert lines == [error.strip()], error
         assert reason in lines[0]
         assert "image-" not in out
+
+
+def test_one_side_alone_is_not_ignored(generate, tmp_path):
+    """diffusers takes its own size where one of the two is missing."""
+    for name, args, size in [("wide", ["--width", 64], (64, 16)), ("high", ["--height", 64], (16, 64))]:
+        status, _, error = generate(*args, out=tmp_path / name)
+        assert status == 0, error
+        with Image.open(tmp_path / name / "image-0.png") as image:
+            assert image.size == size
+            settings = json.loads(image.text["settings"])
+        assert (settings["width"], settings["height"]) == size
+
+
+def test_no_network_is_one_sentence_after_one_try(tmp_path):
+    """As a user without a network sees it: nothing listens on this port, and nothing is cached."""
+    env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    done = finelip("describe", "--prompt", "a cat", "--model", "nobody/nothing", env=env)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "finelip describe: error: nobody/nothing cannot be reached and is not cached (ConnectError): "
+        "check the name and the network, or download it and give its path.\n"
+    )
+
+
+def test_loading_prints_no_warning(stable_diffusion_folder, finelip_folder):
+    for dtype in ("float32", "bfloat16"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pipe = cli.load_pipeline(str(stable_diffusion_folder), str(finelip_folder), dtype=dtype, device="cpu")
+        assert {pipe.unet.dtype, pipe.text_encoder.dtype, pipe.vae.dtype} == {getattr(torch, dtype)}
+
+
+def test_defaults_are_those_of_the_readme_and_the_page():
+    from studio import Settings
+
+    from app import GUIDANCE_SCALES
+
+    args = cli._parser().parse_args(["generate", "--prompt", "a cat", "--out", "out"])
+    page = Settings("a cat")
+    assert (args.steps, cli.GUIDANCE_SCALE) == (page.steps, page.guidance_scale)
+    assert {True: cli.BUNDLED_GUIDANCE_SCALE, False: cli.GUIDANCE_SCALE} == GUIDANCE_SCALES
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"num_inference_steps=(\d+)", readme)) == {str(args.steps)}
+    assert set(re.findall(r"guidance_scale=([\d.]+)", readme)) == {f"{cli.BUNDLED_GUIDANCE_SCALE:g}"}
 
 
 def test_describe(stable_diffusion_folder, finelip_folder, prompt_file, capsys):

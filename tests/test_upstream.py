@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, attach
+from finelip_diffusion.upstream import name_dtype
 
 CALL = {"image": Image.new("RGB", (16, 16), "gray"), "strength": 1.0, "num_inference_steps": 1, "output_type": "np"}
 
@@ -120,3 +122,18 @@ def test_the_mend_and_a_lora_of_the_nested_encoder(_stock, tmp_path):
     pipe.load_lora_weights(lora)
     after = [pixels(pipe, "a cat", **call) for call in ({}, {"clip_skip": 1})]
     assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_the_type_of_the_weights_goes_by_the_name_that_prints_nothing(stable_diffusion_folder):
+    known = next(iter(name_dtype({"dtype": torch.bfloat16})))
+    for name in ("dtype", "torch_dtype"):
+        assert name_dtype({name: torch.bfloat16, "unet": None}) == {"unet": None, known: torch.bfloat16}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pipe = FineLIPStableDiffusionPipeline.from_pretrained(
+                stable_diffusion_folder, long_prompt="truncate", **{name: torch.bfloat16}
+            )
+        assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16
+    assert name_dtype({"dtype": None}) == name_dtype({}) == {}
+    with pytest.raises(ValueError, match="dtype and torch_dtype are both given"):
+        name_dtype({"dtype": torch.float16, "torch_dtype": torch.float16})

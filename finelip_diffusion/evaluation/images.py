@@ -21,6 +21,7 @@ from ..locations import locate
 from ..pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
 from ..prompts import LongPrompt
 from ..scenes import Scene
+from ..upstream import name_dtype
 from .adherence import Change
 
 BASELINE = "truncate"
@@ -139,8 +140,9 @@ def load_pipeline(condition: Condition, settings: Settings, device: torch.device
     """The pipeline of a condition, without a progress bar of its own, and without a safety checker, whose black images
     would be measured as the model's."""
     model, dtype = located(settings.model), getattr(torch, settings.dtype)
-    unet = UNet2DConditionModel.from_pretrained(condition.unet_source or model, subfolder="unet", torch_dtype=dtype)
-    parts = {"finelip": condition.encoder_source, "unet": unet, "torch_dtype": dtype}
+    precision = name_dtype({"dtype": dtype})
+    unet = UNet2DConditionModel.from_pretrained(condition.unet_source or model, subfolder="unet", **precision)
+    parts = {"finelip": condition.encoder_source, "unet": unet, **precision}
     if "XL" in DiffusionPipeline.load_config(model)["_class_name"]:
         pipe = FineLIPStableDiffusionXLPipeline.from_pretrained(model, **parts)
     else:
@@ -154,7 +156,7 @@ def load_refiner(settings: Settings, device: torch.device) -> Any:
     if settings.refiner is None:
         return None
     refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(
-        located(settings.refiner), torch_dtype=getattr(torch, settings.dtype)
+        located(settings.refiner), **name_dtype({"dtype": getattr(torch, settings.dtype)})
     )
     refiner.set_progress_bar_config(disable=True)
     return refiner.to(device)
