@@ -48,7 +48,7 @@ def writing(path: str | Path) -> Iterator[Path]:
         yield stage / path.name
         put(stage / path.name, path, stage)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not _failed_to_write(error, stage):
+        if not failed_to_write(error, stage):
             raise
         raise unwritable(path, error) from error
     finally:
@@ -77,13 +77,18 @@ def remove_stages(folder: Path, name: str = "") -> None:
 
 def unwritable(path: Path, error: BaseException) -> ValueError:
     """The sentence about a file or folder that cannot be written."""
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
     return ValueError(
-        f"{path} cannot be written ({reason}): free some space or choose another folder; what was there is unchanged."
+        f"{path} cannot be written ({reason_of(error)}): free some space or choose another folder; what was there is "
+        "unchanged."
     )
 
 
-def _failed_to_write(error: BaseException, stage: Path) -> bool:
+def reason_of(error: BaseException) -> str:
+    """An error in a few words, for a sentence."""
+    return getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
+
+
+def failed_to_write(error: BaseException, stage: Path) -> bool:
     """Whether an error says that writing failed: blocks may read and compute as well."""
     if isinstance(error, OSError):
         named = error.filename is not None and stage in Path(str(error.filename)).parents

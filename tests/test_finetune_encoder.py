@@ -123,12 +123,14 @@ def test_a_killed_run_ends_as_a_straight_one(straight: Path, tmp_path: Path) -> 
 def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(straight: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(straight, tmp_path / "cut")
     shutil.rmtree(folder / "checkpoint-4")
-    (folder / "partial").mkdir()
-    (folder / "partial" / "model.safetensors").write_bytes(b"half")
+    unfinished = folder / ".writing-checkpoint" / "checkpoint-4"
+    unfinished.mkdir(parents=True)
+    (unfinished / "model.safetensors").write_bytes(b"half")
     done = train(folder, resume_from_checkpoint="latest", checkpoints_total_limit=1)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"Going on from {folder / 'checkpoint-2'}" in done.stdout
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert not unfinished.parent.exists()
     for name, tensor in weights(straight).items():
         assert torch.equal(tensor, weights(folder)[name]), name
 
@@ -145,9 +147,9 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_two_processes_equal_one(smooth: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "--num_machines=1"]
-    port = ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={20000 + os.getpid() % 20000}"]
-    command = [*launcher, *port, str(SCRIPT), *flags_of(tmp_path / "two", train_batch_size=8, **SMOOTH)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    port = f"--master_port={20000 + os.getpid() % 20000}"
+    command = [*launcher, port, str(SCRIPT), *flags_of(tmp_path / "two", train_batch_size=8, **SMOOTH)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_close(smooth, tmp_path / "two")
@@ -207,7 +209,7 @@ def test_bad_examples_are_named_and_training_goes_on(pictures: Path, tmp_path: P
     [
         ({"recipe": "no_such"}, "there is no recipe 'no_such'; beside it are: debias, "),
         ({"train_batch_size": 1}, "--train_batch_size is 1, but must be at least 2"),
-        ({"resume_from_checkpoint": "checkpoint-9"}, "is no checkpoint folder"),
+        ({"resume_from_checkpoint": "checkpoint-9"}, "is not a checkpoint folder"),
         ({"train_data": "no/such.json"}, "no/such.json"),
         ({"pretrained_model_name_or_path": "no/such/folder"}, "no/such/folder"),
     ],

