@@ -20,9 +20,14 @@ HEADS: dict[str, Callable[[int, int], nn.Module | nn.Parameter]] = {
     "pooling": lambda width, _: AttentionPooling(width),
     "logit_bias": lambda *_: nn.Parameter(torch.tensor(SIGMOID_BIAS)),
 }
-"""What a loss may name beside representations: modules with parameters of their own, of (width, tokens)."""
+"""What a loss may read beside representations: modules with parameters of their own, of (width, tokens)."""
 
 Representations = dict[str, Tensor]
+IMAGE = ("image_embeds", "image_tokens", "local_image_tokens")
+TEXT = ("text_embeds", "text_tokens", "text_mask", "local_text_tokens", "local_text_mask")
+KEPT = ("kept_states", "kept_penultimate", "kept_embeds")
+TEACHER = ("teacher_kept_states", "teacher_kept_penultimate", "teacher_kept_embeds")
+TEACHER_IMAGE = "teacher_image_embeds"
 
 
 class Objective(nn.Module):
@@ -32,7 +37,7 @@ class Objective(nn.Module):
         """Args: the recipe; the width of projected tokens, E; the number of tokens that refinement leaves, K."""
         super().__init__()
         self.recipe = recipe
-        self.names = {name for term in recipe.terms.values() for name in term.reads}
+        self.names = {name for term in recipe.terms.values() for name in term.loss.reads}
         for name in sorted(self.names & HEADS.keys()):
             setattr(self, name, HEADS[name](width, num_refined_tokens))
 
@@ -40,6 +45,11 @@ class Objective(nn.Module):
     def needs(self) -> set[str]:
         """Names of the representations that the terms compare."""
         return {"image_ids" if name == "same" else name for name in self.names - HEADS.keys()}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term compares with the stock CLIP."""
+        return not self.needs.isdisjoint({*TEACHER, TEACHER_IMAGE})
 
     def forward(self, representations: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weighted terms by name; their sum is the loss."""
@@ -50,7 +60,8 @@ class Objective(nn.Module):
             values["same"] = ids[:, None] == ids
         terms = {}
         for term in self.recipe.terms.values():
-            terms[term.name] = term.weight * term.function(*(values[name] for name in term.reads), **term.settings)
+            read = [values[name] for name in term.loss.reads]
+            terms[term.name] = term.weight * term.loss.function(*read, **term.settings)
         return terms
 
 
@@ -80,11 +91,11 @@ class TrainingStep(nn.Module):
         """The representations that the objective needs of a batch of `data.Collator`."""
         model, needs = self.model, self.objective.needs
         found: Representations = {"logit_scale": model.clip.logit_scale.exp(), "image_ids": batch["image_ids"]}
-        if needs & {"image_embeds", "image_tokens", "local_image_tokens"}:
+        if not needs.isdisjoint(IMAGE):
             found["image_embeds"], found["image_tokens"] = model.encode_image(batch["pixel_values"])
             if "local_image_tokens" in needs:
                 found["local_image_tokens"] = model.local_image(found["image_tokens"])
-        if needs & {"text_embeds", "text_tokens", "text_mask", "local_text_tokens", "local_text_mask"}:
+        if not needs.isdisjoint(TEXT):
             text = model.encode_text(batch["input_ids"], batch["attention_mask"])
             found["text_embeds"], found["text_tokens"], found["text_mask"] = text
             if "local_text_tokens" in needs:
@@ -96,33 +107,34 @@ class TrainingStep(nn.Module):
             embeds = last_tokens(model.encode_text(ids, mask)[1], mask)
             found["sub_embeds"] = embeds.unflatten(0, batch["sub_ids"].shape[:2])  # (B S, E) -> (B, S, E)
             found["sub_spans"] = batch["sub_spans"]
-        if any(name.startswith("kept_") for name in needs):
-            found |= _kept(model.clip, batch, "kept_")
-            found["kept_mask"] = batch["kept_mask"]
-        if any(name.startswith("teacher_") for name in needs):
-            (teacher,) = self._teacher
-            assert teacher is not None, "a recipe that preserves needs the stock CLIP"
-            with torch.no_grad():
-                found |= _kept(teacher, batch, "teacher_kept_")
-                if "teacher_image_embeds" in needs:
-                    embeds = teacher.visual_projection(teacher.vision_model(batch["pixel_values"]).pooler_output)
-                    found["teacher_image_embeds"] = F.normalize(embeds, dim=-1)
+        if not needs.isdisjoint(KEPT):
+            found |= dict(zip(KEPT, _states(model.clip, batch), strict=True)) | {"kept_mask": batch["kept_mask"]}
+        if self.objective.needs_teacher:
+            found |= self._taught(batch)
         return {name: tensor for name, tensor in found.items() if name in needs}
+
+    @torch.no_grad()
+    def _taught(self, batch: Mapping[str, Tensor]) -> Representations:
+        """What the teacher makes of prompts and images."""
+        (teacher,) = self._teacher
+        assert teacher is not None, "a recipe that preserves needs the stock CLIP"
+        found: Representations = dict(zip(TEACHER, _states(teacher, batch), strict=True))
+        if TEACHER_IMAGE in self.objective.needs:
+            embeds = teacher.visual_projection(teacher.vision_model(batch["pixel_values"]).pooler_output)
+            found[TEACHER_IMAGE] = F.normalize(embeds, dim=-1)
+        return found
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Terms of the loss by name, of the joint batch of all processes."""
         return self.objective(self.gather(self.encode(batch)))
 
 
-def _kept(clip: CLIPModel, batch: Mapping[str, Tensor], prefix: str) -> Representations:
-    """States and embeddings of the prompts that fit a stock encoder."""
+def _states(clip: CLIPModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Last states, penultimate states and embeddings of the prompts that fit a stock encoder."""
     output = clip.text_model(batch["kept_ids"], output_hidden_states=True)
     ends = last_tokens(output.last_hidden_state, batch["kept_mask"])
-    return {
-        f"{prefix}states": output.last_hidden_state,
-        f"{prefix}penultimate": output.hidden_states[-2],
-        f"{prefix}embeds": F.normalize(clip.text_projection(ends), dim=-1),
-    }
+    embeds = F.normalize(clip.text_projection(ends), dim=-1)
+    return output.last_hidden_state, output.hidden_states[-2], embeds
 
 
 def cached_backward(
@@ -158,7 +170,7 @@ def cached_backward(
             encoded.append(step.encode(part))
     torch.clear_autocast_cache()  # torch 2.6 keeps what was cast without gradients, and would give it out with them
     whole = {name: _joined(part[name] for part in encoded) for name in encoded[0]}
-    trained = [name for name in whole if whole[name].is_floating_point() and not name.startswith("teacher_")]
+    trained = [name for name in whole if whole[name].is_floating_point() and name not in (*TEACHER, TEACHER_IMAGE)]
     for name in trained:
         whole[name].requires_grad_(True)
     terms = step.objective(step.gather(whole))

@@ -2,40 +2,30 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, get_args
 
-from torch import Tensor
-
-from . import losses, preservation
-
-CaptionKind = Literal["full", "first_sentence", "debias", "sub_captions"]
+from .data.captions import CaptionKind
+from .losses import CONTRASTIVE, PRESERVING, Loss, PromptKind
 
 
 @dataclass(frozen=True)
 class Term:
-    """One term of the loss: a function of `losses` or `preservation`, its weight and its settings.
+    """One term of a recipe's loss.
 
     Attributes:
-        name: of the function.
+        name: in `losses`.
         weight: factor of its value in the sum.
-        settings: its keyword-only parameters.
-        function: the function itself.
+        settings: of its function.
+        loss: the function, and what it reads.
     """
 
     name: str
     weight: float
     settings: dict[str, Any]
-    function: Callable[..., Tensor]
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """What the function compares: its positional parameters name representations and heads."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
+    loss: Loss
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,7 @@ class Recipe:
         image_tower: `trained` or `frozen`.
         learning_rate: of the towers.
         head_learning_rate: of what is drawn anew: refinement, pooling.
+        max_grad_norm: where the norm of an update's gradients is cut; 0 does not cut.
         weight_decay: of AdamW; the position table is never decayed.
         lr_warmup_steps: of both rates.
         loss_warmup_epochs: over which the loss is scaled from 0 to 1.
@@ -82,6 +73,7 @@ class Recipe:
     image_tower: Literal["trained", "frozen"] = "trained"
     learning_rate: float = 1e-6
     head_learning_rate: float = 2e-4
+    max_grad_norm: float = 0.0
     weight_decay: float = 0.01
     lr_warmup_steps: int = 200
     loss_warmup_epochs: float = 0.0
@@ -94,10 +86,17 @@ class Recipe:
         named = {key: getattr(self, key) for key in _LOSSES}
         return {key: term for key, term in named.items() if term is not None}
 
+    @property
+    def prompts(self) -> PromptKind | None:
+        """The prompts that its terms need beside the captions."""
+        return next((term.loss.prompts for term in self.terms.values() if term.loss.prompts), None)
 
-_LOSSES: dict[str, ModuleType] = {
-    "global_loss": losses, "coarse": losses, "local_loss": losses, "preserve": preservation
-}  # fmt: skip
+
+_LOSSES = {"global_loss": CONTRASTIVE, "coarse": CONTRASTIVE, "local_loss": CONTRASTIVE, "preserve": PRESERVING}
+_DRAWN: dict[str, tuple[CaptionKind, ...]] = {  # what a term may read -> the captions that it is drawn from
+    "short_embeds": ("first_sentence", "debias"),
+    "sub_embeds": ("sub_captions",),
+}
 _LEAST = {"num_sub_captions": 1, "longest_sub_caption": 1, "lora_rank": 1, "logit_scale": 1}
 _CHOICES = {
     "position": ("kps",),
@@ -164,8 +163,8 @@ def make_recipe(name: str, content: Mapping[str, Any], where: str = "the recipe"
     for term in recipe.terms.values():
         if names.count(term.name) > 1:
             raise ValueError(f"{where} names {term.name} twice: give it once, with a weight.")
-        for need, kinds in (("short_embeds", ("first_sentence", "debias")), ("sub_embeds", ("sub_captions",))):
-            if need in term.reads and recipe.captions not in kinds:
+        for need, kinds in _DRAWN.items():
+            if need in term.loss.reads and recipe.captions not in kinds:
                 raise ValueError(
                     f"{where}: {term.name} compares {need}, which captions: {recipe.captions} does not draw; "
                     f"choose captions: {' or '.join(kinds)}."
@@ -173,24 +172,19 @@ def make_recipe(name: str, content: Mapping[str, Any], where: str = "the recipe"
     return recipe
 
 
-def _term(value: Any, module: ModuleType, where: str) -> Term | None:
+def _term(value: Any, losses: Mapping[str, Loss], where: str) -> Term | None:
     if value in (None, "none"):
         return None
     name, settings = value, dict[str, Any]()
     if isinstance(value, Mapping) and len(value) == 1:
         ((name, settings),) = value.items()
-    functions = {
-        key: function
-        for key, function in inspect.getmembers(module, inspect.isfunction)
-        if function.__module__ == module.__name__ and not key.startswith("_") and not key.endswith("_loss")
-    }
-    if not isinstance(name, str) or name not in functions:
-        raise ValueError(f"{where} is {value!r}, not none or one of {', '.join(sorted(functions))}.")
+    if not isinstance(name, str) or name not in losses:
+        raise ValueError(f"{where} is {value!r}, not none or one of {', '.join(sorted(losses))}.")
     if not isinstance(settings, Mapping | None):
         raise ValueError(f"{where}: the settings of {name} are {settings!r}, not {{setting: value}}.")
     settings = dict(settings or {})
     weight = _number(settings.pop("weight", 1.0), f"{where}: weight")
-    parameters = inspect.signature(functions[name]).parameters
+    parameters = inspect.signature(losses[name].function).parameters
     allowed = [key for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
     if unknown := sorted(settings.keys() - set(allowed), key=str):
         raise ValueError(f"{where}: {name} has no setting {unknown[0]!r}; it has {', '.join(['weight', *allowed])}.")
@@ -200,7 +194,7 @@ def _term(value: Any, module: ModuleType, where: str) -> Term | None:
             raise ValueError(f"{where}: {key} is {setting!r}, not one of {', '.join(choices)}.")
         if not choices:
             settings[key] = _number(setting, f"{where}: {key}", parameters[key].annotation is int)
-    return Term(name, weight, settings, functions[name])
+    return Term(name, weight, settings, losses[name])
 
 
 def _number(value: Any, where: str, whole: bool = False, least: float = 0) -> float:

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from finelip_diffusion.data.captions import (
-    CAPTION_MODES,
+    CAPTION_KINDS,
     draw_captions,
     draw_padding,
     draw_random_prompt,
@@ -110,9 +110,9 @@ def test_a_random_prompt_keeps_to_its_vocabulary():
 
 def test_a_draw_is_a_function_of_its_seed_alone(text_of_runs):
     offsets, _ = text_of_runs
-    for mode in CAPTION_MODES:
+    for kind in CAPTION_KINDS:
         random.seed(1)
-        one = [draw_captions(CAPTION, offsets, mode, draw) for draw in range(5)]
+        one = [draw_captions(CAPTION, offsets, kind, draw) for draw in range(5)]
         state = random.getstate()
-        assert [draw_captions(CAPTION, offsets, mode, draw) for draw in range(5)] == one
+        assert [draw_captions(CAPTION, offsets, kind, draw) for draw in range(5)] == one
         assert random.getstate() == state

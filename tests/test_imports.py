@@ -49,8 +49,11 @@ LINES = {
     "train": [
         "refinement",
         "scores",
+        "losses.primitives",
+        "losses.embeddings",
+        "losses.tokens",
+        "losses.preservation",
         "losses",
-        "preservation",
         "recipes",
         "gathering",
         "finelip_layout",
@@ -73,7 +76,7 @@ USES = {
     "world": ["files"],
     "data": ["files", "draw", "world"],
     "runs": ["files"],
-    "train": ["files", "draw"],
+    "train": ["files", "draw", "world", "data"],
     "judge": ["files", "draw", "world", "data", "train"],
 }
 LAST = "cli"  # the command line may use them all

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from finelip_diffusion import losses
 from finelip_diffusion.losses import infonce_loss, sigmoid_loss, triplet_margin_loss
+from finelip_diffusion.losses.embeddings import infonce, pca_image, sigmoid
+from finelip_diffusion.losses.tokens import filip, finelip, flair, goal_text_span, laps, sparc
 from finelip_diffusion.scores import laps_scores
 
 B, P, T, S, E = 5, 6, 7, 3, 4
@@ -207,27 +209,32 @@ def loop_goal_text_span(text_tokens, sub_embeds, sub_spans):
 
 
 CASES: list[tuple[Callable[..., Tensor], Batch, Callable[..., Tensor], str]] = [
-    (losses.infonce, {}, loop_infonce, "image_embeds text_embeds logit_scale"),
-    (losses.infonce, {"label_smoothing": 0.0}, loop_infonce, "image_embeds text_embeds logit_scale"),
-    (losses.sigmoid, {}, loop_sigmoid, "image_embeds text_embeds logit_scale logit_bias"),
-    (losses.pca_image, {"components": 2}, loop_pca_image, "image_embeds short_embeds logit_scale"),
-    (losses.finelip, {}, loop_finelip, "local_image_tokens local_text_tokens"),
-    (losses.finelip, {"margin": 0.5, "interaction": "mean"}, loop_finelip, "local_image_tokens local_text_tokens"),
-    (losses.finelip, {"objective": "infonce"}, loop_finelip, "local_image_tokens local_text_tokens logit_scale"),
-    (losses.filip, {}, loop_filip, "image_tokens text_tokens logit_scale"),
-    (losses.sparc, {}, loop_sparc, "image_tokens text_tokens logit_scale"),
-    (losses.laps, {"keep": 0.6}, loop_laps, "image_tokens text_tokens"),
-    (losses.flair, {}, loop_flair, "image_tokens image_embeds sub_embeds logit_scale logit_bias"),
-    (losses.goal_text_span, {}, loop_goal_text_span, "text_tokens sub_embeds"),
+    (infonce, {}, loop_infonce, "image_embeds text_embeds logit_scale"),
+    (infonce, {"label_smoothing": 0.0}, loop_infonce, "image_embeds text_embeds logit_scale"),
+    (sigmoid, {}, loop_sigmoid, "image_embeds text_embeds logit_scale logit_bias"),
+    (pca_image, {"components": 2}, loop_pca_image, "image_embeds short_embeds logit_scale"),
+    (finelip, {}, loop_finelip, "local_image_tokens local_text_tokens"),
+    (finelip, {"margin": 0.5, "interaction": "mean"}, loop_finelip, "local_image_tokens local_text_tokens"),
+    (finelip, {"objective": "infonce"}, loop_finelip, "local_image_tokens local_text_tokens logit_scale"),
+    (filip, {}, loop_filip, "image_tokens text_tokens logit_scale"),
+    (sparc, {}, loop_sparc, "image_tokens text_tokens logit_scale"),
+    (laps, {"keep": 0.6}, loop_laps, "image_tokens text_tokens"),
+    (flair, {}, loop_flair, "image_tokens image_embeds sub_embeds logit_scale logit_bias"),
+    (goal_text_span, {}, loop_goal_text_span, "text_tokens sub_embeds"),
 ]
 TERMS = [(term, settings) for term, settings, *_ in CASES]
 NAMES = [f"{term.__name__}-{'-'.join(map(str, settings.values()))}".rstrip("-") for term, settings in TERMS]
 
 
+def reads(term: Callable[..., Tensor]) -> tuple[str, ...]:
+    """What the table of losses says that a term is given."""
+    (found,) = [loss.reads for loss in losses.CONTRASTIVE.values() if loss.function is term]
+    return found
+
+
 def apply(term: Callable[..., Tensor], batch: Batch, settings: Batch) -> Tensor:
-    """A term takes what its positional parameters name, as `Objective` gives it."""
-    parameters = inspect.signature(term).parameters.values()
-    return term(*(batch[p.name] for p in parameters if p.kind is not p.KEYWORD_ONLY), **settings)
+    """A term takes what it reads, as `Objective` gives it."""
+    return term(*(batch[name] for name in reads(term)), **settings)
 
 
 def gradients(value: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -238,27 +245,31 @@ def gradients(value: Tensor, batch: Batch) -> dict[str, Tensor]:
 
 
 def test_every_term_has_its_loop() -> None:
-    terms = {
-        name
-        for name, function in inspect.getmembers(losses, inspect.isfunction)
-        if function.__module__ == losses.__name__ and not name.startswith("_") and not name.endswith("_loss")
-    }
-    assert terms == {term.__name__ for term, _ in TERMS}
+    assert {term.__name__: losses.CONTRASTIVE[term.__name__] for term, _ in TERMS} == losses.CONTRASTIVE
+
+
+@pytest.mark.parametrize("name", [*losses.CONTRASTIVE, *losses.PRESERVING])
+def test_the_table_says_what_the_function_takes(name: str) -> None:
+    """In its order, under its names."""
+    loss = (losses.CONTRASTIVE | losses.PRESERVING)[name]
+    parameters = inspect.signature(loss.function).parameters.values()
+    assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == list(loss.reads)
+    assert loss.function.__name__ == name
+    assert (loss.prompts is not None) == any(read.startswith("kept_") for read in loss.reads)
 
 
 @pytest.mark.parametrize(("term", "settings", "loop", "reached"), CASES, ids=NAMES)
 def test_a_term_equals_its_loop_in_value_and_gradients(term, settings, loop, reached) -> None:
     batch = make_batch()
     value = apply(term, batch, settings)
-    names = [p.name for p in inspect.signature(term).parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    wanted = loop(*(batch[name] for name in names), **settings)
+    wanted = loop(*(batch[name] for name in reads(term)), **settings)
     torch.testing.assert_close(value, wanted)  # float64: 1e-7
     found = gradients(value, batch)
     torch.testing.assert_close(found, gradients(wanted, batch))
     assert {name for name, gradient in found.items() if gradient.any()} == set(reached.split())
 
 
-@pytest.mark.parametrize("term", [losses.filip, losses.sparc, losses.flair])
+@pytest.mark.parametrize("term", [filip, sparc, flair])
 def test_cls_takes_no_part_among_the_patches(term) -> None:
     batch = make_batch()
     gradient = gradients(apply(term, batch, {}), batch)["image_tokens"]
@@ -278,11 +289,11 @@ def test_the_order_of_the_batch_does_not_matter(term, settings) -> None:
 
 @pytest.mark.parametrize("garbage", [1e30, math.inf, math.nan])
 @pytest.mark.parametrize(
-    ("term", "settings"), [case for case in TERMS if "text_tokens" in str(inspect.signature(case[0]))]
+    ("term", "settings"), [case for case in TERMS if {"text_tokens", "local_text_tokens"} & {*reads(case[0])}]
 )
 def test_padding_does_not_matter(term, settings, garbage) -> None:
     batch = make_batch(2)
-    if term is losses.goal_text_span:  # a token is padding where no span reads it
+    if term is goal_text_span:  # a token is padding where no span reads it
         batch["text_mask"] = torch.tensor([[any(a <= t < b for a, b in row) for t in range(T)] for row in SPANS])
     padded = dict(batch)
     for prefix in ("", "local_"):
@@ -306,7 +317,7 @@ def test_half_precision_is_for_inputs_alone(term, settings) -> None:
     }
     wanted = apply(term, wide, settings)
     # Token similarities and the pooling run in the dtype they get: bfloat16 keeps 8 bits, a hinge sums 40 such errors.
-    loose = term in (losses.finelip, losses.filip, losses.laps, losses.flair)
+    loose = term in (finelip, filip, laps, flair)
     tolerance: Batch = {"rtol": 0.05, "atol": 0.05} if loose else {"rtol": 1e-5, "atol": 1e-6}
     value = apply(term, halves, settings)
     assert value.dtype == torch.float32
@@ -393,7 +404,7 @@ def test_repeated_images_leave_principal_components_a_finite_gradient(size, widt
     distinct = F.normalize(torch.randn(images, width, generator=generator), dim=-1)
     ids = torch.arange(size) % images
     embeds, short = distinct[ids].requires_grad_(), torch.randn(size, width, generator=generator)
-    loss = losses.pca_image(embeds, short, torch.tensor(10.0), ids[:, None] == ids, components=4)
+    loss = pca_image(embeds, short, torch.tensor(10.0), ids[:, None] == ids, components=4)
     (gradient,) = torch.autograd.grad(loss, embeds)
     assert loss.isfinite()
     assert gradient.isfinite().all()
@@ -405,21 +416,21 @@ def test_principal_components_keep_what_has_few_dimensions() -> None:
     flat = batch["image_embeds"].detach().clone()
     flat[:, 2:] = 0.5  # two dimensions vary: two components hold all
     batch["image_embeds"] = flat
-    coarse = apply(losses.pca_image, batch, {"components": 2})
+    coarse = apply(pca_image, batch, {"components": 2})
     batch["text_embeds"] = batch["short_embeds"]
-    torch.testing.assert_close(coarse, apply(losses.infonce, batch, {}))
+    torch.testing.assert_close(coarse, apply(infonce, batch, {}))
 
 
 @pytest.mark.parametrize(("components", "width"), [(B, 2 * B), (B - 1, B - 1), (32, 512)])
 def test_components_that_leave_nothing_out_are_refused(components, width) -> None:
     embeds = torch.randn(B, width)
     with pytest.raises(ValueError, match=f"components={components} of a batch of 5 images of width {width}"):
-        losses.pca_image(embeds, embeds, torch.tensor(1.0), torch.eye(B).bool(), components=components)
+        pca_image(embeds, embeds, torch.tensor(1.0), torch.eye(B).bool(), components=components)
 
 
 def test_no_span_that_fits_is_no_loss() -> None:
     batch = make_batch() | {"sub_spans": torch.zeros(B, S, 2, dtype=torch.int64)}
-    loss = apply(losses.goal_text_span, batch, {})
+    loss = apply(goal_text_span, batch, {})
     assert loss == 0
     assert not any(gradient.any() for gradient in gradients(loss, batch).values())
 
@@ -430,18 +441,18 @@ def test_a_caption_whose_spans_mean_what_they_say_alone_has_no_loss() -> None:
         [2 * batch["text_tokens"][i, max(a, 0) : max(b, 1)].mean(0) for a, b in row] for i, row in enumerate(SPANS)
     ]
     batch["sub_embeds"] = torch.stack([torch.stack(row) for row in ends])
-    assert apply(losses.goal_text_span, batch, {}).abs() < 1e-12
+    assert apply(goal_text_span, batch, {}).abs() < 1e-12
 
 
 @pytest.mark.parametrize(
     ("term", "changes", "message"),
     [
-        (losses.finelip, {"interaction": "max"}, "interaction is 'max': choose"),
-        (losses.finelip, {"objective": "sigmoid"}, "objective is 'sigmoid': choose"),
-        (losses.laps, {"keep": 1.0}, "keep=1.0"),
-        (losses.flair, {"sub_embeds": torch.ones(B, E)}, "sub_embeds has shape .5, 4., but 5 images need"),
-        (losses.flair, {"sub_embeds": torch.ones(B - 1, S, E)}, "sub_embeds has shape .4, 3, 4., but 5 images need"),
-        (losses.goal_text_span, {"sub_embeds": torch.ones(B, S + 1, E)}, "sub_spans has shape .5, 3, 2., but"),
+        (finelip, {"interaction": "max"}, "interaction is 'max': choose"),
+        (finelip, {"objective": "sigmoid"}, "objective is 'sigmoid': choose"),
+        (laps, {"keep": 1.0}, "keep=1.0"),
+        (flair, {"sub_embeds": torch.ones(B, E)}, "sub_embeds has shape .5, 4., but 5 images need"),
+        (flair, {"sub_embeds": torch.ones(B - 1, S, E)}, "sub_embeds has shape .4, 3, 4., but 5 images need"),
+        (goal_text_span, {"sub_embeds": torch.ones(B, S + 1, E)}, "sub_spans has shape .5, 3, 2., but"),
     ],
 )
 def test_misuse_is_refused_in_a_sentence(term, changes, message) -> None:

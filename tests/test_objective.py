@@ -75,9 +75,9 @@ def batch_for() -> Callable[..., dict[str, Tensor]]:
 
     def make(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         recipe = recipe_of(name)
-        kept: Any = None if recipe.preserve is None else "random" if name == "lwf" else "short"
+        assert recipe.prompts == (None if recipe.preserve is None else "random" if name == "lwf" else "short")
         collator = Collator(
-            tokenizer, processor, recipe.captions, recipe.num_sub_captions, recipe.longest_sub_caption, kept
+            tokenizer, processor, recipe.captions, recipe.num_sub_captions, recipe.longest_sub_caption, recipe.prompts
         )
         batch = {key: value for key, value in collator(examples).items() if isinstance(value, Tensor)}
         return batch | {"pixel_values": batch["pixel_values"].to(dtype)}

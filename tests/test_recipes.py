@@ -53,12 +53,18 @@ def test_finelip_is_as_published() -> None:
     """The numbers of the authors' training script."""
     recipe = read_recipe(FOLDER / "finelip.yaml")
     ((key, term),) = recipe.terms.items()
-    assert (key, term.name, term.weight, term.function) == ("local_loss", "finelip", 1.0, losses.finelip)
+    assert (key, term.name, term.weight, term.loss) == ("local_loss", "finelip", 1.0, losses.CONTRASTIVE["finelip"])
     assert term.settings == {"interaction": "clim", "objective": "triplet", "margin": 0.2}
     assert (recipe.position, recipe.captions, recipe.refine) == ("kps", "full", ("image", "text"))
     assert (recipe.parameters, recipe.image_tower, recipe.logit_scale) == ("full", "trained", 100)
     assert (recipe.learning_rate, recipe.head_learning_rate, recipe.weight_decay) == (1e-6, 2e-4, 0.01)
-    assert (recipe.lr_warmup_steps, recipe.loss_warmup_epochs) == (200, 1)
+    assert (recipe.lr_warmup_steps, recipe.loss_warmup_epochs, recipe.max_grad_norm) == (200, 1, 0)
+
+
+@pytest.mark.parametrize(("name", "norm"), [("finelip", 0), ("long_clip", 0), ("laps", 2), ("flair", 0), ("goal", 0)])
+def test_gradients_are_clipped_where_the_authors_clip_them(name: str, norm: float) -> None:
+    assert "max_grad_norm" in content(name)
+    assert read_recipe(FOLDER / f"{name}.yaml").max_grad_norm == norm
 
 
 @pytest.mark.parametrize(
@@ -90,8 +96,8 @@ def test_a_loss_reads_what_there_is(key: str, name: str) -> None:
     recipe = make_recipe("one", {key: name, "captions": CAPTIONS.get(name, "full")})
     ((found, term),) = recipe.terms.items()
     assert (found, term.name, term.weight, term.settings) == (key, name, 1.0, {})
-    assert set(term.reads) <= {field.name for field in fields(FineLIPOutput)} | FURTHER | HEADS.keys()
-    assert not set(term.reads) & {"margin", "label_smoothing", "keep", "components"}
+    assert set(term.loss.reads) <= {field.name for field in fields(FineLIPOutput)} | FURTHER | HEADS.keys()
+    assert not set(term.loss.reads) & {"margin", "label_smoothing", "keep", "components"}
 
 
 def test_weight_and_settings() -> None:
@@ -111,12 +117,12 @@ def test_numbers_may_be_written_as_text() -> None:
     assert recipe.learning_rate == 1e-6 and recipe.logit_scale is None
 
 
-def test_a_new_loss_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_loss_is_one_function_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def cosine(image_embeds: Tensor, text_embeds: Tensor, logit_bias: Tensor, *, power: float = 1.0) -> Tensor:
         return (1 - (image_embeds * text_embeds).sum(-1)).pow(power).sum() + 0 * logit_bias
 
-    cosine.__module__ = losses.__name__  # as if it stood there
-    monkeypatch.setattr(losses, "cosine", cosine, raising=False)
+    reads = ("image_embeds", "text_embeds", "logit_bias")
+    monkeypatch.setitem(losses.CONTRASTIVE, "cosine", losses.Loss(cosine, reads))
     recipe = make_recipe("mine", {"global_loss": {"cosine": {"power": 2, "weight": 3}}, "local_loss": "filip"})
     objective = Objective(recipe, width=2, num_refined_tokens=1)
     assert objective.needs >= {"image_embeds", "text_embeds", "image_tokens"}
@@ -162,6 +168,7 @@ def assert_one_sentence(sentence: str, function: Any, *args: Any) -> None:
         ({"local_loss": "flair"}, "flair compares sub_embeds, .* captions: full does not draw; .*: sub_captions"),
         ({"local_loss": "flair", "captions": "debias"}, "flair compares sub_embeds"),
         ({"coarse": "pca_image", "captions": "sub_captions"}, "pca_image compares short_embeds"),
+        ({"max_grad_norm": -1}, "max_grad_norm is -1, but must be a number of at least 0"),
         ({"learning_rate": -1e-6}, "learning_rate is -1e-06, but"),
         ({"lr_warmup_steps": -1}, "lr_warmup_steps is -1"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast', not a number"),

@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -88,7 +88,7 @@ class Arguments(RunFlags):
     lr_warmup_steps: int | None = field(default=None, metadata={"help": "Updates over which rates rise."})
     loss_warmup_steps: int | None = field(default=None, metadata={"help": "Updates over which the loss rises."})
     adam_weight_decay: float | None = field(default=None, metadata={"help": "Of all but positions."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Where gradients are clipped; 0 does not clip."})
+    max_grad_norm: float | None = field(default=None, metadata={"help": "Norm at which gradients are cut; 0: never."})
     validation_data: str | None = field(
         default=None, metadata={"help": "As --train_data, held out; for scenes its own gallery of near-duplicates."}
     )
@@ -113,6 +113,7 @@ def resolve_recipe(args: Arguments) -> Recipe:
         ("head_learning_rate", "head_learning_rate"),
         ("adam_weight_decay", "weight_decay"),
         ("lr_warmup_steps", "lr_warmup_steps"),
+        ("max_grad_norm", "max_grad_norm"),
     ):
         if getattr(args, flag) is None:
             setattr(args, flag, getattr(recipe, key))
@@ -142,7 +143,7 @@ def build_step(args: Arguments, recipe: Recipe, accelerator: Accelerator) -> tup
         add_lora(model, recipe.lora_rank)
     objective = Objective(recipe, model.config.clip_config.projection_dim, model.config.num_refined_tokens)
     teacher = None
-    if any(name.startswith("teacher_") for name in objective.needs):
+    if objective.needs_teacher:
         teacher = load_clip(args.pretrained_model_name_or_path, **options)[0].clip.requires_grad_(False)
         teacher.to(accelerator.device)
     return TrainingStep(model.train(), objective, teacher, gather_with_gradients), tokenizer, image_processor
@@ -268,13 +269,6 @@ def open_data(args: Arguments) -> tuple[Any, Any]:
     return dataset, list(islice(held_out, args.num_validation_examples))
 
 
-def kept_prompts(step: TrainingStep, recipe: Recipe) -> Literal["short", "random"] | None:
-    """The prompts on which the stock latent space is kept: random words for `lwf`, short captions otherwise."""
-    if not any(name.startswith("kept_") for name in step.objective.needs):
-        return None
-    return "random" if recipe.preserve is not None and recipe.preserve.name == "lwf" else "short"
-
-
 def set_lengths(args: Arguments, recipe: Recipe, size: int | None, images: int) -> int:
     """Resolves, in updates, the length of training, and of the rise of the loss."""
     args.max_train_steps = count_updates(args, size, images)
@@ -333,7 +327,7 @@ def main(args: Arguments) -> None:
             )
         examples = None
     collator = Collator(tokenizer, image_processor, recipe.captions, recipe.num_sub_captions,
-                        recipe.longest_sub_caption, kept_prompts(step, recipe), args.max_length)  # fmt: skip
+                        recipe.longest_sub_caption, recipe.prompts, args.max_length)  # fmt: skip
     size = None if isinstance(dataset, IterableDataset) else len(dataset)
     steps = set_lengths(args, recipe, size, images)
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from ..positions import STOCK_POSITIONS
 from ..text_encoder import MAX_LENGTH
-from .captions import CAPTION_MODES, CaptionMode, draw_captions, draw_padding, draw_random_prompt, draw_short_prompt
+from .captions import CAPTION_KINDS, CaptionKind, draw_captions, draw_padding, draw_random_prompt, draw_short_prompt
 from .datasets import CaptionDataset, Example, TarDataset, stable_hash
 
 BUCKET_WINDOW = 50  # batches whose examples are sorted by length together
-KEPT_LENGTH = 77  # tokens that the stock encoder reads
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -153,14 +153,14 @@ class Collator:
         self,
         tokenizer: PreTrainedTokenizerBase,
         image_processor: BaseImageProcessor,
-        captions: CaptionMode = "full",
+        captions: CaptionKind = "full",
         num_sub_captions: int = 8,
         longest_sub_caption: int = 3,
         kept_prompts: Literal["short", "random"] | None = None,
         max_length: int = MAX_LENGTH,
     ) -> None:
-        if captions not in CAPTION_MODES:
-            raise ValueError(f"captions={captions!r} is not one of {', '.join(CAPTION_MODES)}.")
+        if captions not in CAPTION_KINDS:
+            raise ValueError(f"captions={captions!r} is not one of {', '.join(CAPTION_KINDS)}.")
         if kept_prompts not in ("short", "random", None):
             raise ValueError(f"kept_prompts={kept_prompts!r} is neither 'short' nor 'random' nor None.")
         self.tokenizer, self.image_processor = tokenizer, image_processor
@@ -221,13 +221,13 @@ class Collator:
                 short = [[self.front_pad] * count + ids for count, ids in zip(free, short, strict=True)]
             batch["short_ids"], batch["short_mask"] = self._pad(short, self.max_length)
         if self.kept_prompts:
-            batch["kept_ids"], batch["kept_mask"] = self._pad([self._kept(*row) for row in rows], KEPT_LENGTH)
+            batch["kept_ids"], batch["kept_mask"] = self._pad([self._kept(*row) for row in rows], STOCK_POSITIONS)
         return batch
 
     def _kept(self, example: Example, ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
         if self.kept_prompts == "random":
-            return draw_random_prompt(self.vocabulary, example.draw, KEPT_LENGTH - 2)
-        start, stop = draw_short_prompt(example.caption, offsets, example.draw, KEPT_LENGTH - 2)
+            return draw_random_prompt(self.vocabulary, example.draw, STOCK_POSITIONS - 2)
+        start, stop = draw_short_prompt(example.caption, offsets, example.draw, STOCK_POSITIONS - 2)
         return ids[start:stop]
 
     def _pad(self, rows: list[list[int]], max_length: int) -> tuple[Tensor, Tensor]:

@@ -10,30 +10,30 @@ from typing import Literal, get_args
 
 from ..prompts import sentence_bounds
 
-CaptionMode = Literal["full", "first_sentence", "debias", "sub_captions"]
-CAPTION_MODES: tuple[str, ...] = get_args(CaptionMode)
+CaptionKind = Literal["full", "first_sentence", "debias", "sub_captions"]
+CAPTION_KINDS: tuple[str, ...] = get_args(CaptionKind)
 
-Run = tuple[int, int]
+Span = tuple[int, int]
 """[first, stop): consecutive content tokens of a caption, start and end tokens not counted."""
 
 Offsets = Sequence[tuple[int, int]]
 """The characters of each content token, as the tokenizer returns them."""
 
 
-def sentence_runs(caption: str, offsets: Offsets) -> list[Run]:
+def sentence_runs(caption: str, offsets: Offsets) -> list[Span]:
     """The sentences of a caption; a caption without any token is one empty run."""
     return sentence_bounds(caption, list(offsets)) or [(0, len(offsets))]
 
 
 def draw_captions(
-    caption: str, offsets: Offsets, mode: CaptionMode, draw: int, *, number: int = 8, longest: int = 3
-) -> list[list[Run]]:
+    caption: str, offsets: Offsets, kind: CaptionKind, draw: int, *, number: int = 8, longest: int = 3
+) -> list[list[Span]]:
     """Draws further captions out of one.
 
     Args:
         caption: The caption.
         offsets: The characters of each of its tokens.
-        mode: What is drawn beside the caption itself:
+        kind: What is drawn beside the caption itself:
             `"full"`: nothing.
             `"first_sentence"`: the text in front of the first ". ", or all of it (Long-CLIP's training code). A token
             counts where it begins, so a full stop that shares its token with a bracket stays.
@@ -50,26 +50,26 @@ def draw_captions(
         The drawn captions, each as the runs that it is made of, in order.
 
     Raises:
-        ValueError: For an unknown mode.
+        ValueError: For an unknown kind.
     """
-    if mode == "full":
+    if kind == "full":
         return []
-    if mode == "first_sentence":
+    if kind == "first_sentence":
         stop = caption.find(". ")
         return [[(0, sum(start < stop for start, _ in offsets) if stop > 0 else len(offsets))]]
     rng = random.Random(f"captions {draw}")
     all_runs = sentence_runs(caption, offsets)
-    if mode == "debias":
+    if kind == "debias":
         rest = all_runs[1:] or all_runs
         return [rng.sample(rest, rng.randint(1, len(rest)))]
-    if mode == "sub_captions":
+    if kind == "sub_captions":
         runs = []
         for _ in range(number):
             length = rng.randint(1, min(longest, len(all_runs)))
             first = rng.randint(0, len(all_runs) - length)
             runs.append([(all_runs[first][0], all_runs[first + length - 1][1])])
         return runs
-    raise ValueError(f"captions={mode!r} is not one of {', '.join(CAPTION_MODES)}.")
+    raise ValueError(f"captions={kind!r} is not one of {', '.join(CAPTION_KINDS)}.")
 
 
 def draw_padding(free: int, draw: int) -> int:
@@ -81,7 +81,7 @@ def draw_padding(free: int, draw: int) -> int:
     return random.Random(f"padding {draw}").randint(0, max(free, 0))
 
 
-def draw_short_prompt(caption: str, offsets: Offsets, draw: int, room: int) -> Run:
+def draw_short_prompt(caption: str, offsets: Offsets, draw: int, room: int) -> Span:
     """A part of a caption that an encoder of few tokens reads: whole sentences from a random one on.
 
     As many as fit `room` tokens; a single longer sentence is cut.

@@ -1,6 +1,6 @@
 """Terms that keep the latent space of the stock CLIP, on prompts that fit its 77 tokens.
 
-Parameters are named as in `losses`. `kept_*` is the trained model's, `teacher_*` the frozen stock model's, of the same
+`kept_*` is the trained model's, `teacher_*` the frozen stock model's, of the same
 prompts (and images); no gradient reaches the teacher's. Nor does one reach `logit_scale`, the factor of both models'
 cosines here: student and teacher would agree best where it is 0.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .losses import _products, _widen
+from .primitives import products, widen
 
 
 def token(
@@ -31,7 +31,7 @@ def token(
         teacher_kept_penultimate: (B, T, D).
     """
     pairs = ((kept_states, teacher_kept_states), (kept_penultimate, teacher_kept_penultimate))
-    errors = [F.mse_loss(_widen(own[kept_mask]), _widen(stock[kept_mask]).detach()) for own, stock in pairs]
+    errors = [F.mse_loss(widen(own[kept_mask]), widen(stock[kept_mask]).detach()) for own, stock in pairs]
     return errors[0] + errors[1]
 
 
@@ -113,7 +113,7 @@ def proclip(kept_embeds: Tensor, teacher_kept_embeds: Tensor) -> Tensor:
         kept_embeds: (B, E), of length 1.
         teacher_kept_embeds: (B, E), of length 1.
     """
-    own, stock = _widen(kept_embeds), _widen(teacher_kept_embeds).detach()
+    own, stock = widen(kept_embeds), widen(teacher_kept_embeds).detach()
     distances = F.smooth_l1_loss(torch.pdist(own), torch.pdist(stock), reduction="sum")
     return F.mse_loss(own, stock, reduction="sum") + distances
 
@@ -123,4 +123,4 @@ def _both(
 ) -> tuple[Tensor, Tensor]:
     """Logits of the student and of the teacher, (N, M) each."""
     scale = logit_scale.detach()
-    return scale * _products(images, texts), scale * _products(teacher_images, teacher_texts).detach()
+    return scale * products(images, texts), scale * products(teacher_images, teacher_texts).detach()

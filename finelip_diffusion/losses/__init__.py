@@ -1,0 +1,77 @@
+"""Losses: what a recipe can name, as data, and the primitives that they are made of.
+
+`CONTRASTIVE` and `PRESERVING` say what a term is given: representations of a batch (`objective`), heads with
+parameters of their own (`aggregation`, `pooling`, `logit_bias`), and `same`, (B, B), True where two captions are of
+one image, the diagonal included. Keyword-only parameters of a term are its settings. Row i of an embedding is image
+i's or caption i's; scores have a row for each image and a column for each caption. Similarities, softmaxes and sums
+are made in float32 or wider, whatever autocast is set to; only `scores.max_similarity` and the heads follow autocast.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from .embeddings import infonce, pca_image, sigmoid
+from .preservation import affinity, hycd, lwf, proclip, token
+from .primitives import MARGIN, infonce_loss, sigmoid_loss, triplet_margin_loss
+from .tokens import filip, finelip, flair, goal_text_span, laps, sparc
+
+__all__ = [
+    "CONTRASTIVE",
+    "MARGIN",
+    "PRESERVING",
+    "Loss",
+    "PromptKind",
+    "infonce_loss",
+    "sigmoid_loss",
+    "triplet_margin_loss",
+]
+
+PromptKind = Literal["short", "random"]
+
+
+class Loss(NamedTuple):
+    """A term that a recipe can name.
+
+    Attributes:
+        function: of what it reads, and of its settings; a scalar.
+        reads: what its positional parameters are given, in their order.
+        prompts: the prompts of at most 77 tokens that it needs beside the captions: parts of captions (`short`), or
+            random words (`random`).
+    """
+
+    function: Callable[..., Tensor]
+    reads: tuple[str, ...]
+    prompts: PromptKind | None = None
+
+
+_WHOLE = ("image_embeds", "text_embeds", "logit_scale", "same")
+_TOKENS = ("image_tokens", "text_tokens", "text_mask")
+_REFINED = ("local_image_tokens", "local_text_tokens", "local_text_mask")
+_STATES = ("kept_states", "kept_penultimate", "kept_mask", "teacher_kept_states", "teacher_kept_penultimate")
+_KEPT = ("image_embeds", "kept_embeds", "teacher_image_embeds", "teacher_kept_embeds", "logit_scale")
+
+CONTRASTIVE: dict[str, Loss] = {
+    "infonce": Loss(infonce, _WHOLE),
+    "sigmoid": Loss(sigmoid, ("image_embeds", "text_embeds", "logit_scale", "logit_bias", "same")),
+    "pca_image": Loss(pca_image, ("image_embeds", "short_embeds", "logit_scale", "same")),
+    "finelip": Loss(finelip, (*_REFINED, "logit_scale", "same")),
+    "filip": Loss(filip, (*_TOKENS, "logit_scale", "same")),
+    "sparc": Loss(sparc, (*_TOKENS, "logit_scale")),
+    "laps": Loss(laps, (*_TOKENS, "aggregation", "same")),
+    "flair": Loss(
+        flair, ("image_tokens", "image_embeds", "sub_embeds", "pooling", "logit_scale", "logit_bias", "same")
+    ),
+    "goal_text_span": Loss(goal_text_span, ("text_tokens", "sub_embeds", "sub_spans")),
+}
+"""Terms that teach which caption is of which image, and what in it is of what."""
+
+PRESERVING: dict[str, Loss] = {
+    "token": Loss(token, _STATES, prompts="short"),
+    "hycd": Loss(hycd, _KEPT, prompts="short"),
+    "affinity": Loss(affinity, _KEPT, prompts="short"),
+    "lwf": Loss(lwf, _KEPT, prompts="random"),
+    "proclip": Loss(proclip, ("kept_embeds", "teacher_kept_embeds"), prompts="short"),
+}
+"""Terms that keep the latent space of the stock CLIP."""

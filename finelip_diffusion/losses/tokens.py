@@ -1,0 +1,228 @@
+"""Terms of patches and tokens."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..scores import laps_scores, late_interaction, max_similarity
+from .primitives import (
+    MARGIN,
+    cross_entropy,
+    infonce_loss,
+    products,
+    sigmoid_loss,
+    triplet_margin_loss,
+    valid,
+    widen,
+    wrong_pairs,
+)
+
+
+def finelip(
+    local_image_tokens: Tensor,
+    local_text_tokens: Tensor,
+    local_text_mask: Tensor,
+    logit_scale: Tensor,
+    same: Tensor,
+    *,
+    interaction: Literal["clim", "mean"] = "clim",
+    objective: Literal["triplet", "infonce"] = "triplet",
+    margin: float = MARGIN,
+) -> Tensor:
+    """FineLIP's loss: a hinge over late-interaction scores of refined tokens (arXiv 2504.01916, section 3).
+
+    The defaults are the authors' code, its warm-up aside (the loss is scaled from 0 to 1 during the first epoch). The
+    other choices are ablations of the paper whose code is not public; how they are made here is our reading.
+
+    Args:
+        local_image_tokens: (B, M, E), of length 1.
+        local_text_tokens: (B, N, E), of length 1.
+        local_text_mask: (B, N), True = keep.
+        logit_scale: (), used by `infonce` alone.
+        same: (B, B).
+        interaction: `"clim"`, late interaction; `"mean"`, the cosine of the mean tokens in its place.
+        objective: `"triplet"`, or `"infonce"` without smoothing, of logit_scale times the scores.
+        margin: of the triplets.
+
+    Raises:
+        ValueError: If `interaction` or `objective` is unknown.
+    """
+    if interaction == "clim":
+        scores = late_interaction(local_image_tokens, local_text_tokens, text_mask=local_text_mask)
+    elif interaction == "mean":
+        images, texts = widen(local_image_tokens).sum(1), valid(local_text_tokens, local_text_mask).sum(1)
+        scores = products(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))  # of length 1: sums do for means
+    else:
+        raise ValueError(f'interaction is {interaction!r}: choose "clim" or "mean".')
+    if objective == "triplet":
+        return triplet_margin_loss(scores, margin, same)
+    if objective == "infonce":
+        return infonce_loss(logit_scale * scores, same=same)
+    raise ValueError(f'objective is {objective!r}: choose "triplet" or "infonce".')
+
+
+def filip(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor, logit_scale: Tensor, same: Tensor) -> Tensor:
+    """FILIP's loss: InfoNCE over mean-of-max token similarities (arXiv 2111.07783, section 3.1).
+
+    An image looks for its caption by the mean over patches of the max over tokens, a caption for its image by the mean
+    over tokens of the max over patches. Patches without CLS; valid tokens, start and end included (the paper excludes
+    padding alone). The authors' code is not public; not made here: their half-precision top-quarter token choice.
+
+    Args:
+        image_tokens: (B, 1 + P, E).
+        text_tokens: (B, T, E).
+        text_mask: (B, T), True = keep.
+        logit_scale: ().
+        same: (B, B).
+    """
+    patches = F.normalize(widen(image_tokens[:, 1:]), dim=-1)
+    tokens = F.normalize(valid(text_tokens, text_mask), dim=-1)
+    text_to_image, image_to_text = max_similarity(patches, tokens, text_mask=text_mask)
+    of_images = cross_entropy(logit_scale * image_to_text, same)
+    return (of_images + cross_entropy((logit_scale * text_to_image).T, same)) / 2
+
+
+def sparc(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor, logit_scale: Tensor) -> Tensor:
+    """SPARC's fine-grained loss: within a pair, each token against the patches it is like (arXiv 2401.09865).
+
+    Products of a token with the P patches, min-max normalised over patches and zeroed below 1/P, weigh the patches;
+    the token and the weighted patches, both of length 1, find each other among those of the caption by cross-entropy,
+    both ways. Averaged over the tokens of a caption, then over captions. Patches without CLS.
+
+    Not confirmed, there being no code by the authors: that the mean is taken caption by caption (public rewritings of
+    the paper's listing average over all tokens of the batch), and that start and end token take part.
+
+    Args:
+        image_tokens: (B, 1 + P, E), not normalised.
+        text_tokens: (B, T, E), not normalised.
+        text_mask: (B, T), True = keep.
+        logit_scale: ().
+    """
+    patches, tokens = widen(image_tokens[:, 1:]), valid(text_tokens, text_mask)
+    weights = products(tokens, patches)  # (B, T, P)
+    low, high = weights.aminmax(dim=-1, keepdim=True)
+    weights = (weights - low) / (high - low).clamp(min=torch.finfo(weights.dtype).eps)
+    weights = weights.masked_fill(weights < 1 / patches.shape[1], 0)
+    grouped = F.normalize(products(weights, patches.mT), dim=-1)  # (B, T, E): the weights' sum cancels
+    logits = logit_scale * products(grouped, F.normalize(tokens, dim=-1))  # (B, T, T)
+    columns = ~text_mask[:, None]
+    both_ways = [
+        rows.masked_fill(columns, -math.inf).log_softmax(-1).diagonal(dim1=1, dim2=2) for rows in (logits, logits.mT)
+    ]
+    found = (both_ways[0] + both_ways[1]).masked_fill(~text_mask, 0)  # (B, T)
+    return -(found.sum(1) / text_mask.sum(1)).mean() / 2
+
+
+def laps(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    text_mask: Tensor,
+    aggregation: Callable[[Tensor], Tensor],
+    same: Tensor,
+    *,
+    keep: float = 0.5,
+    margin: float = MARGIN,
+) -> Tensor:
+    """LAPS' loss: a hinge over scores whose patches the caption chose (Fu et al., CVPR 2024; see `laps_scores`).
+
+    Against the authors' code: the hinge stays a sum over all negatives, as it is there before the switch
+    `--max_violation` of the first epoch's end; the penalty on the share of chosen patches, a constant, is left out.
+
+    Args:
+        image_tokens: (B, 1 + P, E), not normalised.
+        text_tokens: (B, T, E), not normalised.
+        text_mask: (B, T), True = keep.
+        aggregation: (B, N, E) -> (B, K, E).
+        same: (B, B).
+        keep: share of the patches that a caption chooses.
+        margin: of the triplets.
+
+    Raises:
+        ValueError: As `laps_scores` does.
+    """
+    tokens = text_tokens.masked_fill(~text_mask[..., None], 0)
+    return triplet_margin_loss(laps_scores(image_tokens, tokens, text_mask, aggregation, keep), margin, same)
+
+
+def flair(
+    image_tokens: Tensor,
+    image_embeds: Tensor,
+    sub_embeds: Tensor,
+    pooling: Callable[[Tensor, Tensor], Tensor],
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    same: Tensor,
+) -> Tensor:
+    """FLAIR's loss: the mean of its text-conditioned and its multi-positive sigmoid loss (arXiv 2412.03561).
+
+    Text-conditioned: a text pools the image's patches, and the pooled vector is compared with that same text; an
+    image's S sub-captions are positives, one sub-caption of each other image negatives; the sum over images and texts
+    is divided by S + B - 1. Multi-positive: each image's embedding against all B * S sub-captions, divided by B * S.
+
+    Against the authors' code: the other image's sub-caption is its first, not a random one; with several processes
+    the batch is the joint one; further captions of an image are no negatives of it.
+
+    Args:
+        image_tokens: (B, 1 + P, E), CLS first, which is not pooled.
+        image_embeds: (B, E), of length 1.
+        sub_embeds: (B, S, E), not normalised: the pooling reads them as they are.
+        pooling: (B, Q, E) queries, (B, P, E) tokens -> (B, Q, E).
+        logit_scale: ().
+        logit_bias: ().
+        same: (B, B).
+
+    Raises:
+        ValueError: If there are not S sub-captions for each of the B images.
+    """
+    number = len(image_embeds)
+    if sub_embeds.ndim != 3 or len(sub_embeds) != number:
+        raise ValueError(
+            f"sub_embeds has shape {tuple(sub_embeds.shape)}, but {number} images need shape ({number}, S, E)."
+        )
+    count = sub_embeds.shape[1]
+    queries = torch.cat([sub_embeds, sub_embeds[:, 0].expand(number, -1, -1)], dim=1)  # (B, S + B, E)
+    pooled = pooling(queries, image_tokens[:, 1:])
+    logits = logit_scale * F.cosine_similarity(widen(pooled), widen(queries), dim=-1) + logit_bias  # (B, S + B)
+    own, of_others = logits.split([count, number], dim=1)
+    conditioned = -(F.logsigmoid(own).sum() + wrong_pairs(of_others, same)) / (count + number - 1)
+    texts = F.normalize(widen(sub_embeds), dim=-1).unbind(1)  # S of (B, E)
+    pairs = [sigmoid_loss(logit_scale * products(image_embeds, text) + logit_bias, same) for text in texts]
+    return (conditioned + torch.stack(pairs).mean()) / 2
+
+
+def goal_text_span(text_tokens: Tensor, sub_embeds: Tensor, sub_spans: Tensor) -> Tensor:
+    """GOAL's text-span term: tokens of a long caption against the same sentences read alone (arXiv 2503.17782).
+
+        mean over sub-captions that fit of (1 - cos(mean token of the span, embedding of the sub-caption))^2
+
+    Nothing is detached, as in the authors' code: both sides move. Against that code: all sub-captions that fit the
+    window take part (there one, which suits a segment of the image best); tokens are averaged after the final norm and
+    the projection (there before both); its image-box term is not made.
+
+    Args:
+        text_tokens: (B, T, E), of the long captions.
+        sub_embeds: (B, S, E).
+        sub_spans: (B, S, 2), first token and the one behind the last; the start token is 0, and 0, 0 does not fit.
+
+    Returns:
+        A scalar; 0 where no span fits.
+
+    Raises:
+        ValueError: If there is not one span for each sub-caption.
+    """
+    if sub_spans.shape != (*sub_embeds.shape[:2], 2):
+        raise ValueError(
+            f"sub_spans has shape {tuple(sub_spans.shape)}, but sub_embeds of shape {tuple(sub_embeds.shape)} need a "
+            "first and a last token for each sub-caption."
+        )
+    position = torch.arange(text_tokens.shape[1], device=text_tokens.device)
+    inside = (position >= sub_spans[..., :1]) & (position < sub_spans[..., 1:])  # (B, S, T)
+    tokens = valid(text_tokens, inside.any(1))
+    spans = products(inside.to(tokens.dtype), tokens.mT)  # (B, S, E): sums; the cosine ignores their lengths
+    distances = (1 - F.cosine_similarity(spans, widen(sub_embeds), dim=-1)).square()  # (B, S)
+    fits = inside.any(-1)
+    return distances.masked_fill(~fits, 0).sum() / fits.sum().clamp(min=1)
