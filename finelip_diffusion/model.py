@@ -1,6 +1,5 @@
 """FineLIP's model: a CLIP whose text tower reads 248 tokens, with token refinement for both towers."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .checkpoints import read_checkpoint, write_safetensors
+from .files import writing
 from .finelip_layout import finelip_layout, refinement_weights
 from .layouts import HEAD_WIDTH
 from .locations import locate
@@ -45,6 +45,9 @@ class FineLIPConfig(PreTrainedConfig):
         refine_text: whether the caption's are.
         num_refined_tokens: tokens that refinement leaves of each, CLS and end token aside; by default 20% of the
             patches.
+        score: by what the model was trained to compare images and captions, if it is not the global cosine or
+            FineLIP's: `"laps"`, `"flair"`, `"filip"` (`heads.own_score`).
+        score_settings: of that score.
     """
 
     model_type = "finelip"
@@ -57,6 +60,8 @@ class FineLIPConfig(PreTrainedConfig):
         refine_image: bool = True,
         refine_text: bool = True,
         num_refined_tokens: int | None = None,
+        score: str | None = None,
+        score_settings: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         clip: Any = clip_config or {"text_config": {"max_position_embeddings": MAX_LENGTH}}
@@ -64,6 +69,7 @@ class FineLIPConfig(PreTrainedConfig):
         self.keep = keep
         self.refine_image = refine_image
         self.refine_text = refine_text
+        self.score, self.score_settings = score, score_settings
         vision = self.clip_config.vision_config
         self.num_refined_tokens = num_refined_tokens or max(
             1, int(REFINED_SHARE * (vision.image_size // vision.patch_size) ** 2)
@@ -331,7 +337,7 @@ class FineLIPModel(PreTrainedModel):
         """Saves the whole model as one file in the layout of FineLIP's code; `from_clip` reads it back bit for bit.
 
         Args:
-            path: The file, .pt or .safetensors, renamed into place when complete.
+            path: The file, .pt or .safetensors.
             overwrite: Whether to replace the file.
 
         Returns:
@@ -356,14 +362,11 @@ class FineLIPModel(PreTrainedModel):
                     f"{tower.hidden_act} and heads of width {width}: keep the model with save_pretrained."
                 )
         tensors = finelip_layout(self.state_dict())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as stage:
-            part = Path(stage, path.name)
+        with writing(path) as part:
             if path.suffix == ".pt":
                 torch.save(tensors, part)
             else:
                 write_safetensors(tensors, part, {"format": "pt"})
-            part.replace(path)
         return path
 
 

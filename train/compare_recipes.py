@@ -23,14 +23,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from finelip_diffusion.evaluation.retrieval import (
-    SceneGallery,
-    bootstrap_interval,
-    embed_gallery,
-    evaluate,
-    scenes_gallery,
-)
+from finelip_diffusion.evaluation.intervals import bootstrap_interval, markdown_table, shown
+from finelip_diffusion.evaluation.retrieval import SceneGallery, embed_gallery, evaluate, scenes_gallery
 from finelip_diffusion.files import writing
+from finelip_diffusion.heads import load_heads, own_score
 from finelip_diffusion.metrics import probe_text_states, state_drift
 from finelip_diffusion.model import load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL
@@ -47,6 +43,7 @@ SCORES = {  # column -> ranks in the report of a run
     "R@1, image to text": ("whole/{score}/image_to_text", "R@1"),
     "no first sentence": ("without_first/{score}/text_to_image", "R@1"),
 }
+COMMON_SCORES = {"global": "Global cosine", "finelip": "FineLIP* (0.8 global + 0.2 token score)"}
 
 
 @dataclass
@@ -106,7 +103,8 @@ def measure(source: Path | str, encoder_source: Path | str, gallery: SceneGaller
     """Retrieval, probes and drift of one encoder."""
     raw: dict[str, Any] = {"max_length": MAX_LENGTH, "refine_image": False, "refine_text": False}
     model, tokenizer, image_processor = load_clip(source, **(raw if source == encoder_source else {}))
-    embedded = embed_gallery(model, tokenizer, image_processor, gallery, views=("whole", "without_first"))
+    own = None if source == encoder_source else own_score(model, load_heads(source))
+    embedded = embed_gallery(model, tokenizer, image_processor, gallery, views=("whole", "without_first"), own=own)
     encoder, tokenizer = load_text_encoder(encoder_source, dtype=torch.float32, projection=False)
     stock, _ = load_text_encoder(BUNDLED_MODEL, max_length=STOCK_POSITIONS, dtype=torch.float32)
     prompts = [str(describe(sample_scene(seed, "test", (1, 2)))) for seed in range(args.num_short_prompts)]
@@ -168,49 +166,65 @@ def over_seeds(values: list[float]) -> str:
     return f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
-def shown(figure: dict[str, Any], sign: str = "") -> str:
-    return f"{figure['value']:{sign}.3f} [{figure['low']:{sign}.3f}, {figure['high']:{sign}.3f}]"
+def own_score_of(result: dict[str, Any]) -> str | None:
+    """The score that a recipe trains for, where it is neither the global cosine nor FineLIP's."""
+    scores = dict.fromkeys(name.split("/")[1] for name in result["retrieval"]["ranks"])
+    return next((score for score in scores if score not in COMMON_SCORES), None)
 
 
 def tables(by_recipe: dict[str, list[dict[str, Any]]]) -> str:
     """The report in Markdown."""
     lines = []
-    for score, title in (("global", "Global cosine"), ("finelip", "FineLIP* (0.8 global + 0.2 token score)")):
-        lines += [f"### {title}", "", f"| recipe | {' | '.join(SCORES)} |", "|---" * (len(SCORES) + 1) + "|"]
-        for recipe, results in by_recipe.items():
-            columns = [(name.format(score=score), figure) for name, figure in SCORES.values()]
-            cells = [shown(interval(pooled(results, *column))) for column in columns]
-            lines.append(f"| {recipe} | {' | '.join(cells)} |")
-        lines.append("")
-    lines += ["### Token states, time and memory", ""]
-    heads = [*(f"probe of {name}" for name in ATTRIBUTES), "drift, last", "drift, last but one", "minutes", "MiB"]
-    lines += ["| recipe | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+
+    def add(title: str, heads: list[str], rows: list[list[str]]) -> None:
+        lines.extend([f"### {title}", "", *markdown_table(heads, rows), ""])
+
+    for score, title in COMMON_SCORES.items():
+        columns = [(name.format(score=score), figure) for name, figure in SCORES.values()]
+        add(title, ["recipe", *SCORES], [
+            [recipe, *(shown(interval(pooled(results, *column))) for column in columns)]
+            for recipe, results in by_recipe.items()
+        ])  # fmt: skip
+    own = {recipe: score for recipe, results in by_recipe.items() if (score := own_score_of(results[0]))}
+    if own:
+        add("The score that the recipe trains for", ["recipe, score", *SCORES], [
+            [f"{recipe}, {score}", *(shown(interval(pooled(by_recipe[recipe], name.format(score=score), figure)))
+                                     for name, figure in SCORES.values())]
+            for recipe, score in own.items()
+        ])  # fmt: skip
+    add("What a linear probe reads of the token states", ["recipe", *ATTRIBUTES], [
+        [recipe, *(over_seeds([result["probes"][name]["mean"] for result in results]) for name in ATTRIBUTES)]
+        for recipe, results in by_recipe.items()
+    ])  # fmt: skip
+    rows = []
     for recipe, results in by_recipe.items():
-        cells = [over_seeds([result["probes"][name]["mean"] for result in results]) for name in ATTRIBUTES]
-        for layer in results[0]["drift"]:
-            cells.append(over_seeds([result["drift"][layer]["rms"] for result in results]))
-        if "cost" in results[0]:
-            cells.append(over_seeds([result["cost"]["seconds"] / 60 for result in results]))
-            cells.append(f"{max(result['cost']['peak_memory_mib'] for result in results):.0f}")
-        cells += ["-"] * (len(heads) - len(cells))
-        lines.append(f"| {recipe} | {' | '.join(cells)} |")
+        cells = [over_seeds([result["drift"][layer]["rms"] for result in results]) for layer in results[0]["drift"]]
+        cost = [result["cost"] for result in results if "cost" in result]
+        cells.append(over_seeds([each["seconds"] / 60 for each in cost]) if cost else "–")
+        cells.append(f"{max(each['peak_memory_mib'] for each in cost):.0f}" if cost else "–")
+        rows.append([recipe, *cells])
+    add("Drift, time and memory", ["recipe", "drift, last", "drift, last but one", "minutes", "MiB"], rows)
     if "finelip" in by_recipe:
-        lines += ["", "### FineLIP less the other, paired by query", ""]
-        heads = [*(f"{column}, FineLIP*" for column in SCORES), "R@1, global", "seeds agree"]
-        lines.append(f"| other | {' | '.join(heads)} |")
-        lines.append("|---" * (len(heads) + 1) + "|")
-        columns = [(name.format(score="finelip"), figure) for name, figure in SCORES.values()]
-        columns.append(("whole/global/text_to_image", "R@1"))
-        for other in (name for name in ABLATIONS if name in by_recipe):
-            pairs = by_recipe["finelip"], by_recipe[other]
-            cells = [shown(interval(pooled(pairs[0], *column) - pooled(pairs[1], *column)), "+") for column in columns]
-            signs = [
-                bool(hits(one, *columns[0]).mean() > hits(two, *columns[0]).mean())
-                for one, two in zip(*pairs, strict=False)
-            ]
-            cells.append(f"{max(sum(signs), len(signs) - sum(signs))} of {len(signs)}")
-            lines.append(f"| {other} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        columns = {f"{column}, FineLIP*": (name.format(score="finelip"), figure)
+                   for column, (name, figure) in SCORES.items()}  # fmt: skip
+        columns["R@1, global"] = ("whole/global/text_to_image", "R@1")
+        names = list(columns)
+        others = [name for name in ABLATIONS if name in by_recipe]
+        for part, some in (("", [names[0], names[1], names[4]]), (", further", names[2:4])):
+            rows = []
+            for other in others:
+                pairs = by_recipe["finelip"], by_recipe[other]
+                cells = [
+                    shown(interval(pooled(pairs[0], *columns[name]) - pooled(pairs[1], *columns[name])), sign=True)
+                    for name in some
+                ]
+                signs = [
+                    bool(hits(one, *columns[some[0]]).mean() > hits(two, *columns[some[0]]).mean())
+                    for one, two in zip(*pairs, strict=False)
+                ]
+                rows.append([other, *cells, f"{max(sum(signs), len(signs) - sum(signs))} of {len(signs)}"])
+            add(f"FineLIP less the other, paired by query{part}", ["other", *some, "seeds agree on the first"], rows)
+    return "\n".join(lines)
 
 
 def main(args: Arguments) -> None:

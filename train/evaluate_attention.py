@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from finelip_diffusion.attention import AttentionMaps, record_attention
-from finelip_diffusion.evaluation.retrieval import bootstrap_interval
+from finelip_diffusion.evaluation.intervals import bootstrap_interval, markdown_table, shown
 from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
 from finelip_diffusion.prompts import LongPrompt, PromptReport, sentence_spans
 from finelip_diffusion.scenes import CELL_SIZE, describe, sample_scene
@@ -91,12 +91,11 @@ def evaluate(pipe: FineLIPStableDiffusionPipeline, strategy: LongPrompt, args: A
 
 def table(report: dict) -> str:
     """The shares in Markdown."""
-    lines = [f"| long_prompt | {' | '.join(PARTS)} | sentences | prompts |", "|---" * (3 + len(PARTS)) + "|"]
+    rows = []
     for strategy, result in report["strategies"].items():
         figures = [result[part] for part in PARTS]
-        cells = [f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" for figure in figures]
-        lines.append(f"| {strategy} | {' | '.join(cells)} | {figures[0]['n']} | {result['prompts']} |")
-    return "\n".join(lines) + "\n"
+        rows.append([strategy, *map(shown, figures), str(figures[0]["n"]), str(result["prompts"])])
+    return "\n".join(markdown_table(["long_prompt", *PARTS, "sentences", "prompts"], rows)) + "\n"
 
 
 def main(args: Arguments) -> None:

@@ -22,13 +22,14 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from finelip_diffusion.data.datasets import open_dataset
-from finelip_diffusion.evaluation.retrieval import VIEWS, embed_gallery, evaluate, scenes_gallery
+from finelip_diffusion.evaluation.intervals import markdown_table, shown
+from finelip_diffusion.evaluation.retrieval import DIRECTIONS, VIEWS, embed_gallery, evaluate, scenes_gallery
 from finelip_diffusion.files import writing
+from finelip_diffusion.heads import load_heads, own_score
 from finelip_diffusion.locations import locate
 from finelip_diffusion.model import GLOBAL_SHARE, load_clip
 
-DIRECTIONS = ("image_to_text", "text_to_image")
-COLUMNS = ("R@1", "R@5", "R@10", "group_R@1")
+OWN_SCORES = {"laps": "LAPS", "flair": "FLAIR, text-conditioned", "filip": "FILIP"}
 
 
 @dataclass
@@ -56,7 +57,13 @@ class Arguments:
         default=None,
         metadata={"help": "Stretch CLIPs, untrained, to so many tokens; by default they stay as they are."},
     )
-    views: list[str] = field(default_factory=lambda: list(VIEWS), metadata={"help": f"whole, and any of {VIEWS[1:]}."})
+    views: list[str] = field(
+        default_factory=lambda: [view for view in VIEWS if view != "sentences"],
+        metadata={
+            "help": f"How captions are shown: whole, and any of {', '.join(VIEWS[1:])}. With sentences, each sentence "
+            "is a query of its own, which takes several times as long."
+        },
+    )
     global_share: float = field(default=GLOBAL_SHARE, metadata={"help": "Of the global cosine in FineLIP*."})
     batch_size: int = field(default=64, metadata={"help": "Images, or captions, at once; changes nothing but time."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
@@ -92,50 +99,35 @@ def open_gallery(data: str, args: Arguments) -> Any:
     return dataset
 
 
-def shown(figure: dict | None, interval: bool = True) -> str:
-    """A figure, and its interval, as text."""
-    if figure is None or figure["value"] is None:
-        return "-"
-    if not interval or figure["low"] is None:
-        return f"{figure['value']:.3f}"
-    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
-
-
 def tables(report: dict) -> str:
-    """The report's main figures in Markdown, gallery by gallery."""
+    """The report's main figures in Markdown, gallery by gallery; report.json has all of them."""
     share = report["settings"]["global_share"]
-    names = {"global": "global cosine", "finelip": f"FineLIP* ({share:g} global)"}
+    names = {"global": "global cosine", "finelip": f"FineLIP* ({share:g} global)"} | OWN_SCORES
     lines = []
     for data, results in report["galleries"].items():
         first = next(iter(results.values()), None)
         if first is None:  # not measured yet
             continue
-        columns = COLUMNS if first["groups"] < first["images"] else COLUMNS[:-1]
-        header = [f"{direction}, {column}".replace("_", " ") for direction in DIRECTIONS for column in columns]
-        lines += [
-            f"## {data}",
-            "",
-            f"{first['images']} images in {first['groups']} groups, {first['captions']} captions.",
-            "",
-        ]
-        lines += [f"| model | captions | score | {' | '.join(header)} |", "|---" * (3 + len(header)) + "|"]
-        for model, result in results.items():
-            for view in result["views"]:
-                for score, name in names.items():
-                    cells = [
-                        shown(result["figures"][f"{view}/{score}/{direction}/{column}"], column.endswith("R@1"))
-                        for direction in DIRECTIONS
-                        for column in columns
-                    ]
-                    lines.append(f"| {model} | {view} | {name} | {' | '.join(cells)} |")
-        lines += ["", "| model | HiMo@K | captions cut | longest read | examples skipped |", "|---|---|---|---|---|"]
+        columns = ("R@1", "group_R@1" if first["groups"] < first["images"] else "R@10")
+        counts = f"{first['images']} images in {first['groups']} groups, {first['captions']} captions."
+        lines += [f"## {data}", "", counts, ""]
+        for direction in DIRECTIONS:
+            rows = []
+            for model, result in results.items():
+                scores = dict.fromkeys(name.split("/")[1] for name in result["ranks"])
+                for view in result["views"]:
+                    for score in scores:
+                        figures = [result["figures"][f"{view}/{score}/{direction}/{column}"] for column in columns]
+                        rows.append([model, view, names[score], *map(shown, figures)])
+            heads = ["model", "captions", "score", *(column.replace("_", " ") for column in columns)]
+            lines += [f"### {direction.replace('_', ' ').capitalize()}", "", *markdown_table(heads, rows), ""]
+        rows = []
         for model, result in results.items():
             read = result["views"]["whole"]["read"]
             cut = sum(kept < length for kept, length in zip(read, result["lengths"], strict=True))
             himo = shown(result["figures"].get("himo"))
-            lines.append(
-                f"| {model} | {himo} | {cut} of {len(read)} | {max(read)} tokens | {len(result['skipped'])} |"
-            )
+            rows.append([model, himo, f"{cut} of {len(read)}", f"{max(read)} tokens", str(len(result["skipped"]))])
+        lines += markdown_table(["model", "HiMo@K", "captions cut", "longest read", "examples skipped"], rows)
         lines.append("")
     return "\n".join(lines)
 
@@ -164,11 +156,12 @@ def main(args: Arguments) -> None:
     for source in args.model:
         model, tokenizer, image_processor = load_clip(source, max_length=args.max_length)
         model = model.to(accelerator.device).eval()
+        own = own_score(model, load_heads(source))
         for data, examples in galleries.items():
             with accelerator.autocast():
                 gallery = embed_gallery(
                     model, tokenizer, image_processor, examples, args.batch_size,
-                    views=args.views, himo=True, num_workers=args.num_workers, progress=progress,
+                    views=args.views, own=own, himo=True, num_workers=args.num_workers, progress=progress,
                 )  # fmt: skip
             result = evaluate(gallery, args.global_share, accelerator.device, progress)
             report["galleries"][data][source] = result

@@ -38,6 +38,7 @@ from finelip_diffusion.data.datasets import SkipLog, open_dataset
 from finelip_diffusion.evaluation import retrieval
 from finelip_diffusion.files import writing
 from finelip_diffusion.gathering import average_gradients, gather_with_gradients
+from finelip_diffusion.heads import HEADS_FILE, OWN_SCORES
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel, load_clip
 from finelip_diffusion.objective import Objective, TrainingStep, cached_backward
 from finelip_diffusion.pipeline import BUNDLED_MODEL
@@ -229,6 +230,8 @@ def describe_run(step: TrainingStep, groups: list[dict[str, Any]], args: Argumen
 def save_result(state: dict[str, Tensor], config: FineLIPConfig, tokenizer: Any, image_processor: Any,
                 args: Arguments, recipe: Recipe, figures: dict[str, Any]) -> None:  # fmt: skip
     """Writes the encoder as stock classes, the whole model, the recipe and the model card."""
+    if (term := recipe.local_loss) is not None and term.name in OWN_SCORES:
+        config.score, config.score_settings = term.name, term.settings
     model = whole_model(state, config)
     save_text_encoder(model.text_encoder(), tokenizer, args.output_dir, overwrite=True)
     with writing(args.output_dir / "finelip_model") as folder:
@@ -236,7 +239,7 @@ def save_result(state: dict[str, Tensor], config: FineLIPConfig, tokenizer: Any,
         tokenizer.save_pretrained(folder)
         image_processor.save_pretrained(folder)
         if heads := {name: tensor for name, tensor in state.items() if name.startswith("objective.")}:
-            save_file(heads, folder / "heads.safetensors")
+            save_file(heads, folder / HEADS_FILE)
     with writing(args.output_dir / "recipe.yaml") as file:
         file.write_text(yaml.safe_dump(recipe.resolved, sort_keys=False), encoding="utf-8")
     summary = [

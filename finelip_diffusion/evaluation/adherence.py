@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessor, CLIPTokenizer, PreTrainedTokenizerB
 from ..model import FineLIPModel, load_clip
 from ..prompts import sentence_bounds
 from ..scenes import CELL_SIZE, Caption, Scene, alterations, as_record, describe, findings, read, stock_border
-from .retrieval import bootstrap_interval
+from .intervals import bootstrap_interval
 
 TOKEN_EDGES = (0, 40, 76, 110, 150, 190, 249, 350, 500)
 """Where the parts of a prompt begin, counted in tokens; the start token is 0, a stock encoder reads up to 75."""
