@@ -82,3 +82,12 @@ def _average(gradients: list[Tensor]) -> None:
     flat /= dist.get_world_size()
     for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def longest_of_all(length: int, device: torch.device | str = "cpu") -> int:
+    """The largest of the lengths of all processes."""
+    if not _several():
+        return length
+    longest = torch.tensor(length, device=device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return int(longest)

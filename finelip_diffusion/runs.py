@@ -1,12 +1,14 @@
 """What every training script has: its flags, its start, its figures on the way, its model card."""
 
+import argparse
 import json
 import logging
 import math
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,23 +108,60 @@ class RunFlags:
         return plain
 
 
-def run_script(main: Callable[[Any], None], flags: type, file: str) -> None:
+def run_script(main: Callable[[Any], None], flags: type, file: str, presets: Path | None = None) -> None:
     """Reads the command line and runs a script; errors that a user can fix end it in one sentence.
 
     Args:
         main: Gets the flags.
         flags: Their dataclass.
         file: The script's `__file__`.
+        presets: Folder of YAML files, where the script has `--preset`.
 
     Raises:
         SystemExit: With the sentence.
     """
     try:
-        (arguments,) = HfArgumentParser(flags).parse_args_into_dataclasses()
+        parser = HfArgumentParser(flags)
+        if presets is not None:
+            parser.set_defaults(**read_preset(sys.argv[1:], presets, flags))
+        (arguments,) = parser.parse_args_into_dataclasses()
         check_launch()
         main(arguments)
     except (ValueError, OSError, SafetensorError) as error:
         raise SystemExit(f"{Path(file).name}: {error}") from error
+
+
+def read_preset(words: Sequence[str], folder: Path, flags: type) -> dict[str, Any]:
+    """The defaults that `--preset` names; other flags on the command line override them.
+
+    Args:
+        words: The command line.
+        folder: Of presets by name.
+        flags: The dataclass whose fields they may set.
+
+    Raises:
+        ValueError: If there is no such preset, or it sets what is not a flag. One sentence.
+    """
+    import yaml
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    name = parser.parse_known_args(words)[0].preset
+    if name is None:
+        return {}
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        others = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise ValueError(f"--preset {name} does not exist: choose among {others}, or give a YAML file.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not a readable YAML file ({' '.join(str(error).split())}).") from error
+    known = {entry.name for entry in fields(flags)} - {"preset", "output_dir"}
+    wrong = sorted(set(values) - known) if isinstance(values, dict) else [str(values)]
+    if wrong:
+        raise ValueError(f"{path} sets {wrong[0]!r}, which is not a flag: --help lists them.")
+    return values
 
 
 def check_launch() -> None:
@@ -303,10 +342,15 @@ def model_card(title: str, summary: Sequence[str], figures: Mapping[str, Any], f
     numbers = [f"- {name}: {value:.4g}" for name, value in figures.items() if isinstance(value, int | float)]
     if numbers:
         lines += ["", "## Figures", "", *numbers]
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.settings.items()
+    words = [f"--{name} {_words(value)}" for name, value in flags.settings.items()
              if value is not None and value is not False and name != "resume_from_checkpoint"]  # fmt: skip
     lines += ["", "## Command", "", "```bash", f"accelerate launch {script} {' '.join(words)}", "```", ""]
     return "\n".join(lines)
+
+
+def _words(value: Any) -> str:
+    """A flag's value as a shell takes it."""
+    return shlex.join(map(str, value if isinstance(value, list) else [value]))
 
 
 def write_card(folder: Path, card: str, flags: RunFlags, figures: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ LINES = {
         "scenes",
         "metrics",
     ],
-    "data": ["data", "data.captions", "data.sources", "data.datasets", "data.batches"],
+    "data": ["data", "data.captions", "data.sources", "data.datasets", "data.batches", "data.latents"],
     "runs": ["runs", "resuming"],
     "train": [
         "refinement",
@@ -61,6 +61,7 @@ LINES = {
         "heads",
         "objective",
     ],
+    "tune": ["denoising", "tuning", "validation"],
     "judge": [
         "evaluation",
         "evaluation.intervals",
@@ -80,6 +81,7 @@ USES = {
     "data": ["files", "draw", "world"],
     "runs": ["files"],
     "train": ["files", "draw", "world", "data"],
+    "tune": ["files", "draw", "world", "data", "train"],
     "judge": ["files", "draw", "world", "data", "train"],
 }
 LAST = "cli"  # the command line may use them all

@@ -98,6 +98,10 @@ class CaptionDataset(Dataset[Example]):
         """
 
     @abstractmethod
+    def caption(self, index: int, draw: int) -> str:
+        """The caption of an example, without its image."""
+
+    @abstractmethod
     def name(self, index: int) -> str:
         """Where an example comes from."""
 
@@ -151,6 +155,9 @@ class RecordDataset(CaptionDataset):
     def read(self, index: int, draw: int) -> Example:
         record = self.record(index)
         return Example(open_image(self.image(record)), record.caption, record.image_id, record.name, draw=draw)
+
+    def caption(self, index: int, draw: int) -> str:
+        return self.record(index).caption
 
     def name(self, index: int) -> str:
         return self.record(index).name
@@ -247,15 +254,23 @@ class ScenesDataset(CaptionDataset):
         few = random.Random(f"few {seed}").random() < SHARE_OF_FEW
         return seed, sample_scene(seed, self.split, FEW if few else MANY)
 
-    def read(self, index: int, draw: int) -> Example:
+    def scene(self, index: int) -> Scene:
+        """What the picture of an example shows."""
         group, turn = divmod(index, self.group_size)
         seed, scene = self._base(group)
-        if turn:
-            other = "exchange" if len(scene.objects) > 1 else "alter"
-            scene = vary(scene, "move" if turn <= self.group_size // 2 else other, self.group_size * seed + turn - 1)
-        return Example(
-            render(scene), str(describe(scene, draw, **self._telling)), repr(scene), self.name(index), draw=draw
-        )
+        if not turn:
+            return scene
+        other = "exchange" if len(scene.objects) > 1 else "alter"
+        kind = "move" if turn <= self.group_size // 2 else other
+        return vary(scene, kind, self.group_size * seed + turn - 1)
+
+    def read(self, index: int, draw: int) -> Example:
+        scene = self.scene(index)
+        caption = str(describe(scene, draw, **self._telling))
+        return Example(render(scene), caption, repr(scene), self.name(index), draw=draw)
+
+    def caption(self, index: int, draw: int) -> str:
+        return str(describe(self.scene(index), draw, **self._telling))
 
     def name(self, index: int) -> str:
         return f"scenes:{self.split}:{index}"
