@@ -13,7 +13,7 @@ STOCK_POSITIONS = 77
 """Rows of CLIP's text tower as it was published: an encoder with more of them is a long one."""
 
 STRETCH_RATIO = 4
-"""Steps that one old step becomes, behind the kept rows; 77 rows become 248."""
+"""Steps that one old step becomes, after the kept rows; 77 rows become 248."""
 
 
 def stretched_length(rows: int, keep: int = KEPT_POSITIONS, ratio: int = STRETCH_RATIO) -> int:
@@ -62,7 +62,7 @@ def find_ratio(rows: int, target: int, keep: int = KEPT_POSITIONS) -> int:
 
 
 def stretch_positions(table: Tensor, keep: int = KEPT_POSITIONS, ratio: int = STRETCH_RATIO) -> Tensor:
-    """Stretches a position table behind its first rows (knowledge-preserved stretching, Long-CLIP section 3.1).
+    """Stretches a position table after its first rows (knowledge-preserved stretching, Long-CLIP section 3.1).
 
     With N the new table and E the old one of L rows, i counting from 0 and j = 0..ratio-1:
 
@@ -91,8 +91,8 @@ def stretch_positions(table: Tensor, keep: int = KEPT_POSITIONS, ratio: int = ST
     old = torch.cat([old, 2 * old[-1:] - old[-2:-1]])  # (L, D) -> (L + 1, D): the tail's far end
     step = torch.arange(length - keep)
     left, weight = keep + step // ratio, (step % ratio / ratio).double().unsqueeze(-1)
-    behind = torch.where(weight == 0, old[left], (1 - weight) * old[left] + weight * old[left + 1])
-    return torch.cat([table.detach()[:keep], behind.to(table)])  # (keep, D), (ratio * (L - keep), D)
+    after = torch.where(weight == 0, old[left], (1 - weight) * old[left] + weight * old[left + 1])
+    return torch.cat([table.detach()[:keep], after.to(table)])  # (keep, D), (ratio * (L - keep), D)
 
 
 def merge_positions(kept: Tensor, trained: Tensor, keep: int = KEPT_POSITIONS) -> Tensor:
@@ -120,3 +120,34 @@ def merge_positions(kept: Tensor, trained: Tensor, keep: int = KEPT_POSITIONS) -
     if not 0 <= keep <= kept.shape[0]:
         raise ValueError(f"keep is {keep}, but tables of {kept.shape[0]} rows can keep 0 to {kept.shape[0]}.")
     return torch.cat([kept[:keep], trained[keep:]])
+
+
+def is_only_stretched(table: Tensor, keep: int = KEPT_POSITIONS) -> bool:
+    """Whether a long table is one of 77 rows that was stretched and never trained after its kept rows.
+
+    Such a table lies, after its kept rows, exactly on straight lines from every old row to the next. So do tables of
+    encoders that were stretched and nothing more, and the frozen one of the two tables of Long-CLIP's and FineLIP's
+    checkpoints, which some conversions took for the only one.
+
+    Args:
+        table: (L, D).
+        keep: Rows that stretching left as they were.
+
+    Returns:
+        False for tables of at most 77 rows, and of lengths that no stretching of 77 rows reaches. "Exactly" is up to
+        the rounding of the coarsest type that holds every number of the table: the stretching may have been done in
+        float16 and saved in float32.
+    """
+    rows = table.shape[0] if table.ndim == 2 else 0
+    ratio, rest = divmod(rows - keep, STOCK_POSITIONS - keep)
+    if ratio < 2 or rest or keep < 0:
+        return False
+    old = torch.cat([table[:keep], table[keep::ratio]])  # (L, D) -> (77, D)
+    line = stretch_positions(old, keep, ratio).double()
+    exact = [dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(table.to(dtype).to(table), table)]
+    precision = torch.finfo(exact[0] if exact else table.dtype)
+    ends = old[keep:].double().abs()
+    size = ends + torch.cat([ends[1:], ends[-2:-1]])  # the last line goes on from the one before
+    size = size.repeat_interleave(ratio, dim=0)  # (77 - keep, D) -> (L - keep, D)
+    away = (table.double() - line).abs()[keep:]
+    return bool((away <= 2 * precision.eps * size + precision.smallest_normal).all())

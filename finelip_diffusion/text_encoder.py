@@ -17,12 +17,17 @@ from .checkpoints import CONFIGURATION, listed, read_checkpoint, read_configurat
 from .files import writing
 from .layouts import POSITIONS, PROJECTION, WRITTEN, caveat, huggingface_layout
 from .locations import configuration_folder, encoder_folder, locate
-from .positions import KEPT_POSITIONS, find_ratio, stretch_positions, stretched_length
+from .positions import KEPT_POSITIONS, find_ratio, is_only_stretched, stretch_positions, stretched_length
 from .tokenizer import VOCAB_SIZE, clip_tokenizer
 from .towers import TextWeights, check_weights, text_weights
 
 MAX_LENGTH = 248
 """Tokens that a stretched encoder reads: 77 rows, 20 kept, ratio 4."""
+
+STRETCHED_FROM = "stretched_from"
+"""In the configuration of an encoder that this package stretched: the rows that it had."""
+
+LONGCLIP_TYPES = ("longclip", "longclip_text_model")  # longclip-transformers' names of a whole CLIP and its text model
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
@@ -92,7 +97,8 @@ def load_text_encoder(
     file, folder, described = locate(source, subfolder, hub)
     if folder is not None and config is not None:
         raise ValueError(f"{folder} has a config.json of its own: config={config} goes with a checkpoint file.")
-    weights = text_weights(read_checkpoint(file), str(file), keep, subfolder if folder is None else None)
+    their_keep = ((described or {}).get("text_config") or described or {}).get("interpolation_keep_length", keep)
+    weights = text_weights(read_checkpoint(file), str(file), their_keep, subfolder if folder is None else None)
     own = read_configuration(file) if folder is None else None
     if config is not None:
         folder = encoder_folder(configuration_folder(config, hub), weights.place)
@@ -107,13 +113,19 @@ def load_text_encoder(
         where = str(file if own or folder is None else folder / "config.json")
         configured, with_projection = _text_config(described, weights, projection, where)
     _check(weights, configured, with_projection)
+    for note in weights.notes:
+        logger.info("%s: %s.", file, note)
     if aside := (() if with_projection or PROJECTION not in weights.tensors else (PROJECTION,)) + weights.set_aside:
         named = listed(aside, 20 if weights.place else len(aside))
         logger.info("%s: %d tensors are no part of the encoder and were set aside: %s.", file, len(aside), named)
 
     tensors = weights.tensors
+    _warn_of_untrained_rows(tensors[POSITIONS], keep, configured, weights.layout.trained is not None, str(file))
     tensors[POSITIONS] = _fit_positions(tensors[POSITIONS], max_length, keep, ratio, str(file))
-    rows = configured.max_position_embeddings = tensors[POSITIONS].shape[0]
+    rows = tensors[POSITIONS].shape[0]
+    if rows != configured.max_position_embeddings:
+        setattr(configured, STRETCHED_FROM, configured.max_position_embeddings)
+    configured.max_position_embeddings = rows
     pad_token_id = configured.pad_token_id if own and tokenizer is None else None
     tokenizer = _tokenizer(tokenizer, folder, rows, pad_token, configured.vocab_size, str(file), pad_token_id)
     _take_ids(configured, tokenizer)
@@ -247,8 +259,11 @@ def _text_config(
 ) -> tuple[CLIPTextConfig, bool]:
     """The text part of a `config.json`, read from `where`, and whether the encoder shall have a projection."""
     kind = config.get("model_type")
-    if kind not in ("clip", "clip_text_model"):
+    if kind not in ("clip", "clip_text_model", *LONGCLIP_TYPES):
         raise ValueError(f"{where} is of a model of type {kind!r}, not of a CLIP: give a CLIP text model.")
+    if kind in LONGCLIP_TYPES:  # the same numbers, under a name that transformers does not know
+        text_part = config if kind == LONGCLIP_TYPES[1] else config.get("text_config") or {}
+        config = {**text_part, "model_type": "clip_text_model", "architectures": config.get("architectures")}
     try:
         text = CLIPConfig.from_dict(config).text_config if kind == "clip" else CLIPTextConfig.from_dict(config)
     except Exception as error:  # transformers validates with exceptions of its own
@@ -295,6 +310,24 @@ def _fit_positions(table: Tensor, max_length: int | None, keep: int, ratio: int 
             f"max_length={max_length}, which needs ratio {needed}: leave one of the two out."
         )
     return stretch_positions(table, keep, needed)
+
+
+def _warn_of_untrained_rows(table: Tensor, keep: int, config: CLIPTextConfig, two_tables: bool, where: str) -> None:
+    """Says that a long table is one that was stretched and not trained, where that would go unseen."""
+    if not is_only_stretched(table, keep):
+        return
+    if (rows := getattr(config, STRETCHED_FROM, None)) is not None:
+        logger.info(
+            "%s: its positions were stretched from %s rows, and are not trained after row %d.", where, rows, keep
+        )
+    elif two_tables:
+        logger.warning("%s: neither of its two position tables is trained after row %d.", where, keep)
+    else:
+        logger.warning(
+            "%s: its positions after row %d were never trained, as in conversions of Long-CLIP that kept the frozen "
+            "one of its two tables: convert the file with both (longclip-L.pt, which has positional_embedding_res), "
+            "unless this encoder was meant to be stretched alone.", where, keep,
+        )  # fmt: skip
 
 
 def _tokenizer_name(subfolder: str) -> str:

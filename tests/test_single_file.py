@@ -13,8 +13,8 @@ import torch
 from conftest import make_stable_diffusion, make_stable_diffusion_xl, tiny_text_encoder, tiny_unet
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from packaging.version import Version
+from public_layouts import hugging_face, open_clip, prefixed, renamed
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finelip_diffusion import (
@@ -66,23 +66,6 @@ VAE_PARTS = {
     "to_v.": "v.",
     "to_out.0.": "proj_out.",
 }
-CLIP_PARTS = {
-    "embeddings.token_embedding.": "token_embedding.",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "encoder.layers.": "transformer.resblocks.",
-    "layer_norm1.": "ln_1.",
-    "layer_norm2.": "ln_2.",
-    "self_attn.out_proj.": "attn.out_proj.",
-    "mlp.fc1.": "mlp.c_fc.",
-    "mlp.fc2.": "mlp.c_proj.",
-    "final_layer_norm.": "ln_final.",
-}
-
-
-def renamed(name: str, parts: dict[str, str]) -> str:
-    for ours, theirs in parts.items():
-        name = name.replace(ours, theirs)
-    return name
 
 
 def unet_names(name: str) -> str:
@@ -113,30 +96,6 @@ def vae_names(name: str) -> str:
     name = re.sub(r"down_blocks\.(\d)", r"down.\1", name)
     name = re.sub(r"up_blocks\.(\d)", lambda found: f"up.{1 - int(found[1])}", name)  # of two, counted from the end
     return renamed(name, VAE_PARTS)
-
-
-def open_clip(encoder: CLIPTextModel | CLIPTextModelWithProjection) -> dict[str, Tensor]:
-    """The tower under open_clip's names; one without a projection gets one, as SD 2.x has it in its file."""
-    state = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
-    found = {
-        "text_projection": state.pop("text_projection.weight", torch.eye(encoder.config.hidden_size)).T,
-        "logit_scale": torch.ones(()),
-    }
-    for name, tensor in state.items():
-        if "q_proj" in name:
-            three = torch.cat([state[name.replace("q_proj", f"{target}_proj")] for target in "qkv"])
-            found[renamed(name, CLIP_PARTS).replace("self_attn.q_proj.", "attn.in_proj_")] = three
-        elif "k_proj" not in name and "v_proj" not in name:
-            found[renamed(name, CLIP_PARTS)] = tensor
-    return found
-
-
-def hugging_face(encoder: CLIPTextModel) -> dict[str, Tensor]:
-    return {f"text_model.{name.removeprefix('text_model.')}": t for name, t in encoder.state_dict().items()}
-
-
-def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: tensor.contiguous().clone() for name, tensor in tensors.items()}
 
 
 def single_file(pipe: Any, kind: str, path: Path) -> Path:
