@@ -8,7 +8,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 CODE := $(wildcard finelip_diffusion pipelines train app examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app space test test-oldest quality lint types style clean
+.PHONY: help demo app space test test-oldest test-install versions docs quality lint types style clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '@' 2>/dev/null \
@@ -28,11 +28,22 @@ space: ## gather a Hugging Face Space in build/space
 	find build/space -name __pycache__ -type d -prune -exec rm -rf {} +
 
 test: $(VENV)/.installed-dev ## run the test suite
-	$(OFFLINE) $(PY) -m pytest --numprocesses 2 --dist loadfile
+	$(OFFLINE) $(PY) -m pytest --numprocesses 2 --dist loadfile --junitxml build/tests/newest.xml
+	$(PY) tests/versions.py record newest build/tests/newest.xml
 
 test-oldest: ## run the test suite on the oldest versions that are supported, in .venv-oldest
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.installed-oldest
-	$(OFFLINE) .venv-oldest/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(OFFLINE) .venv-oldest/bin/python -m pytest --numprocesses 2 --dist loadfile --junitxml build/tests/oldest.xml
+	.venv-oldest/bin/python tests/versions.py record oldest build/tests/oldest.xml
+
+test-install: $(VENV)/.installed-dev ## run each block of the documentation after its own install line (needs the network once)
+	$(PY) -m pytest -m install tests/test_install.py
+
+versions: ## write what the suite last ran on into docs/versions.md
+	$(PYTHON) tests/versions.py write
+
+docs: $(VENV)/.installed-dev ## build the documentation's site in build/site; any broken link fails
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 quality: lint types ## check lint, format and types; change nothing
 
