@@ -259,16 +259,17 @@ def _ids(batch: Mapping[str, Tensor], name: str) -> list[Tensor]:
 def prepare_frozen(parts: Parts, device: torch.device, dtype: torch.dtype) -> None:
     """Brings what is frozen to the device, the UNet in the precision of autocast.
 
-    On a CPU attention is computed step by step, which is the faster way in bfloat16.
+    On a CPU in bfloat16 attention is computed step by step, which is the faster way there; in float32 it is not.
     """
+    stepwise = device.type == "cpu" and dtype == torch.bfloat16
     parts.unet.to(device, dtype)
     for place in parts.places.values():
         place.stock.to(device)
         place.encoder.to(device, torch.float32)
-        if device.type == "cpu":
+        if stepwise:
             for encoder in (place.stock, place.encoder):
                 encoder.set_attn_implementation("eager")
-    if device.type == "cpu":
+    if stepwise:
         parts.unet.set_attn_processor(AttnProcessor())
 
 

@@ -106,6 +106,13 @@ class Arguments(RunFlags):
     kept_every: int = field(
         default=4, metadata={"help": "Every so many examples have a short prompt for the terms that keep."}
     )
+    kept_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "The data, as for --train_data, whose captions the terms that keep are given: such as the stock "
+            "encoder understands. The default is the captions that are trained on."
+        },
+    )
     timestep_sampling: str = field(default="uniform", metadata={"help": "The timesteps: uniform or high_noise."})
     min_snr_gamma: float | None = field(
         default=None, metadata={"help": "The bound of min-SNR weighting, 5 in its paper. The default does not weight."}
@@ -167,16 +174,14 @@ def parameter_groups(step: TuningStep, args: Arguments, factor: float) -> list[d
     ]
 
 
-def open_data(args: Arguments) -> CaptionDataset:
-    """What is trained on."""
+def open_data(args: Arguments, source: str) -> CaptionDataset:
+    """What is trained on, or kept."""
     dataset = open_dataset(
-        args.train_data, seed=args.seed, num_scenes=args.num_scenes, image_root=args.image_root,
+        source, seed=args.seed, num_scenes=args.num_scenes, image_root=args.image_root,
         image_column=args.image_column, caption_column=args.caption_column,
     )  # fmt: skip
     if not isinstance(dataset, CaptionDataset):
-        raise ValueError(
-            f"{args.train_data} is a stream, whose latents cannot be kept: unpack the shards into a folder."
-        )
+        raise ValueError(f"{source} is a stream, whose latents cannot be kept: unpack the shards into a folder.")
     if isinstance(dataset, ScenesDataset):
         dataset.group_size = 1  # near-duplicates teach a contrastive loss, not this one
     return dataset
@@ -298,7 +303,8 @@ def main(args: Arguments) -> None:
 
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    dataset = open_data(args)
+    dataset = open_data(args, args.train_data)
+    kept = None if args.kept_data is None else open_data(args, args.kept_data)
     latents = cached_latents(args, parts, dataset, accelerator)
     skips = SkipLog(args.output_dir / "skipped.jsonl", args.max_bad_fraction, len(latents) + len(latents.skipped),
                     accelerator.is_main_process)  # fmt: skip
@@ -331,7 +337,7 @@ def main(args: Arguments) -> None:
     keeps = any(args.weights.get(name) for name in ("kept_states", "kept_predictions"))
     collator = LatentCollator([place.tokenizer for place in parts.places.values()], args.empty_captions,
                               args.kept_every if keeps else 0, STOCK_LENGTH)  # fmt: skip
-    loader = iter(DataLoader(LatentDataset(dataset, latents), batch_sampler=sampler, collate_fn=collator,
+    loader = iter(DataLoader(LatentDataset(dataset, latents, kept), batch_sampler=sampler, collate_fn=collator,
                              num_workers=args.dataloader_num_workers, generator=torch.Generator(),
                              pin_memory=accelerator.device.type == "cuda"))  # fmt: skip
     total = parts.scheduler.config.num_train_timesteps

@@ -201,19 +201,28 @@ def _add_header(stem: Path, shape: tuple[int, ...]) -> None:
 
 
 class LatentDataset(Dataset[dict[str, Any]]):
-    """Latents with a caption, by (number, draw)."""
+    """Latents with a caption, by (number, draw).
 
-    def __init__(self, dataset: CaptionDataset, latents: Latents) -> None:
-        self.dataset, self.latents = dataset, latents
+    Args:
+        dataset: Has the captions.
+        latents: Of its images.
+        kept: Has the captions for the terms that keep, taken around where it is the smaller; None is `dataset`.
+    """
+
+    def __init__(self, dataset: CaptionDataset, latents: Latents, kept: CaptionDataset | None = None) -> None:
+        self.dataset, self.latents, self.kept = dataset, latents, kept
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         number, draw = place
+        index = int(self.latents.indices[number])
+        caption = self.dataset.caption(index, draw)
         return {
             "latents": self.latents[number],
-            "caption": self.dataset.caption(int(self.latents.indices[number]), draw),
+            "caption": caption,
+            "kept": caption if self.kept is None else self.kept.caption(index % len(self.kept), draw),
             "time_ids": torch.from_numpy(self.latents.time_ids[number]),
             "draw": draw,
         }
@@ -242,8 +251,8 @@ class LatentCollator:
         Returns:
             latents (B, C, h, w), time_ids (B, 6), input_ids (B, T) and input_ids_2, padded to the encoders' length;
             `longest`, tokens of the longest caption; `cut`, captions that are longer than the encoders read;
-            kept_rows (K,), the examples with kept prompts, and `kept_ids` (K, T) and kept_ids_2, empty where the
-            caption is left out.
+            kept_rows (K,), the examples with kept prompts, and `kept_ids` (K, T) and kept_ids_2, the empty prompt
+            where the caption is left out.
         """
         draws = [example["draw"] for example in examples]
         left_out = [random.Random(f"empty {draw}").random() < self.empty_captions for draw in draws]
@@ -258,7 +267,9 @@ class LatentCollator:
         batch["longest"], batch["cut"] = max(lengths), sum(length > first.model_max_length for length in lengths)
         if self.kept_every:
             batch["kept_rows"] = torch.arange(0, len(examples), self.kept_every)
-            batch |= self._tokens("kept_ids", [self._short(captions[row], draws[row]) for row in batch["kept_rows"]])
+            kept = ["" if left_out[row] else str(examples[row]["kept"]) for row in batch["kept_rows"]]
+            draws = [draws[row] for row in batch["kept_rows"]]
+            batch |= self._tokens("kept_ids", [self._short(*pair) for pair in zip(kept, draws, strict=True)])
         return batch
 
     def _short(self, caption: str, draw: int) -> str:
