@@ -1,4 +1,4 @@
-"""The command line: `finelip generate`, `finelip describe`, `finelip convert`."""
+"""The command line: `finelip generate`, `finelip describe`, `finelip convert`, `finelip merge`."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from . import __version__
 from .scenes import advice
 
 DTYPES = ("float32", "float16", "bfloat16")
-LAYOUTS = ("diffusers", "openai", "comfyui", "kohya")
+LAYOUTS = ("diffusers", "onetrainer", "openai", "comfyui", "kohya")
 LONG_PROMPTS = ("stretch", "truncate", "chunk", "segment", "auto")
 WEIGHTINGS = ("plain", "a1111", "compel")
 STEPS = 20
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     logging.basicConfig(format="finelip: %(message)s", level=logging.WARNING)
-    logging.getLogger("finelip_diffusion").setLevel(logging.INFO if args.run is convert else logging.WARNING)
+    logging.getLogger("finelip_diffusion").setLevel(logging.INFO if args.run in (convert, merge) else logging.WARNING)
     try:
         args.run(args)
     except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
@@ -143,7 +143,7 @@ def convert(args: argparse.Namespace) -> None:
         projection=args.projection,
         dtype=args.dtype and getattr(torch, args.dtype),
     )
-    if args.layout == "diffusers":
+    if args.layout in ("diffusers", "onetrainer"):
         place = args.subfolder if args.subfolder == "text_encoder_2" else "text_encoder"
         save_text_encoder(text_encoder, tokenizer, args.out, subfolder=place, overwrite=args.overwrite)
     else:
@@ -153,6 +153,40 @@ def convert(args: argparse.Namespace) -> None:
         f"{args.out}: {type(text_encoder).__name__}, {config.max_position_embeddings} positions, "
         f"{config.hidden_size} wide, {config.num_hidden_layers} layers, "
         f"{str(text_encoder.dtype).removeprefix('torch.')}, padding {tokenizer.pad_token!r}"
+    )
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Writes a whole model with a long text encoder in the place of its own.
+
+    Args:
+        args: The flags of `finelip merge`.
+
+    Raises:
+        ValueError: If the base is not a whole model, the encoder does not fit into it, or the target exists.
+        OSError: If the base is missing.
+    """
+    import torch
+
+    from . import merging
+    from .text_encoder import load_text_encoder
+
+    if not args.base.exists():
+        raise FileNotFoundError(f"{args.base} does not exist: give a checkpoint file or a folder of a whole model.")
+    options = {
+        "config": args.config,
+        "max_length": args.max_length,
+        "pad_token": args.pad_token,
+        "dtype": args.dtype and getattr(torch, args.dtype),
+    }
+    text_encoder, tokenizer = load_text_encoder(args.source, projection=args.projection, **options)
+    needed = merging.fitting_slot(args.base, text_encoder, args.subfolder).projection
+    if args.projection is None and needed and not hasattr(text_encoder, "text_projection"):
+        text_encoder, tokenizer = load_text_encoder(args.source, projection=True, **options)
+    slot = merging.merge(args.base, text_encoder, tokenizer, args.out, place=args.subfolder, overwrite=args.overwrite)
+    print(
+        f"{args.out}: {args.base.name} with {args.source} as its {slot.place}, "
+        f"{text_encoder.config.max_position_embeddings} positions, {str(text_encoder.dtype).removeprefix('torch.')}"
     )
 
 
@@ -199,8 +233,8 @@ def _parser() -> argparse.ArgumentParser:
         "--layout",
         choices=LAYOUTS,
         default="diffusers",
-        help="a folder for diffusers and transformers (default); a file for the code of OpenAI, Long-CLIP and "
-        "FineLIP; a file for ComfyUI",
+        help="a folder for diffusers and transformers (default), which OneTrainer reads, too; a file for the code of "
+        "OpenAI, Long-CLIP and FineLIP; a file for ComfyUI; a file for kohya's scripts",
     )
     command.add_argument("--subfolder", metavar="NAME", help="which encoder of a model, such as text_encoder_2")
     command.add_argument("--config", metavar="SOURCE", help="folder or hub id whose config and tokenizer suit a file")
@@ -212,6 +246,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=DTYPES, help="(default: the source's)")
     command.add_argument("--overwrite", action="store_true", help="replace what exists already")
     command.set_defaults(run=convert)
+
+    command = commands.add_parser("merge", help="put a long text encoder into a whole model")
+    command.add_argument(
+        "base", metavar="BASE", type=Path, help="a whole model: a checkpoint file, or a folder of diffusers"
+    )
+    command.add_argument("source", metavar="ENCODER", help="the encoder: folder, hub id or checkpoint file")
+    command.add_argument("out", metavar="OUT", type=Path, help="the new model: a .safetensors, or a folder if BASE is")
+    command.add_argument("--subfolder", metavar="NAME", help="the encoder to replace (default: the one that fits)")
+    command.add_argument("--config", metavar="SOURCE", help="folder or hub id whose config and tokenizer suit a file")
+    command.add_argument("--max-length", type=_integer(3), default=248, help="positions wanted (default: 248)")
+    command.add_argument("--pad-token", metavar="TOKEN", help="'eos', or a token such as '!' (default: the encoder's)")
+    command.add_argument(
+        "--projection",
+        action=argparse.BooleanOptionalAction,
+        help="bring the encoder's text projection (default: if BASE has one)",
+    )
+    command.add_argument("--dtype", choices=DTYPES, help="type of the new encoder's weights (default: its own)")
+    command.add_argument("--overwrite", action="store_true", help="replace what exists already")
+    command.set_defaults(run=merge)
     return parser
 
 

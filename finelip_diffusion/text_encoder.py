@@ -61,8 +61,8 @@ def load_text_encoder(
         source: One of
             - a folder or hub id with a CLIP text model, or a whole CLIP, in the layout of `transformers`;
             - a folder or hub id of a diffusers pipeline, or a folder of `save_text_encoder`;
-            - a file (.safetensors, .pt, .pth, .bin, .ckpt), or a link to one on the hub, in the layout of OpenAI,
-              FineLIP, Long-CLIP, open_clip or `transformers`; or a whole Stable Diffusion 1.x, 2.x or XL in one.
+            - a file (.safetensors, .pt, .pth, .bin, .ckpt), or a link to one on the hub, in any of the layouts of
+              `layouts.LAYOUTS`; or a whole Stable Diffusion 1.x, 2.x, XL or 3.x, or a Flux, in one.
         subfolder: Where in a folder the encoder lies; `"text_encoder_2"` goes with `tokenizer_2`. By default the
             folder itself, or else its `text_encoder`. A whole Stable Diffusion in one file has these two as well.
         max_length: Tokens that the encoder shall read; None keeps the table's rows.
@@ -208,7 +208,7 @@ def save_checkpoint(
         raise ValueError(f"{path} would be overwritten: choose another file, or say overwrite=True.")
     config = _saved_config(text_encoder)
     _take_ids(config, tokenizer)
-    tensors = WRITTEN[layout](_canonical(text_encoder))
+    tensors = WRITTEN[layout](canonical_weights(text_encoder))
     if (reason := caveat(layout, config)) is not None:
         logger.warning("%s: %s", path, reason)
     metadata = {"format": "pt", CONFIGURATION: json.dumps(config.to_dict())}
@@ -252,6 +252,12 @@ def text_layers(text_encoder: TextEncoder) -> nn.ModuleList:
 def final_layer_norm(text_encoder: TextEncoder) -> nn.LayerNorm:
     """The norm after the last layer, in transformers 4 and 5 alike."""
     return getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+
+
+def canonical_weights(text_encoder: TextEncoder) -> dict[str, Tensor]:
+    """The weights under canonical names, in transformers 4 and 5 alike; contiguous."""
+    state = text_encoder.state_dict().items()
+    return {name.removeprefix("text_model."): tensor.contiguous() for name, tensor in state}
 
 
 def _text_config(
@@ -415,13 +421,8 @@ def _write_encoder(text_encoder: TextEncoder, folder: Path) -> None:
     """A `save_pretrained` whose names begin with `text_model.`, which transformers 4 needs and 5 understands."""
     folder.mkdir()
     _saved_config(text_encoder).save_pretrained(folder)
-    tensors = huggingface_layout(_canonical(text_encoder))
+    tensors = huggingface_layout(canonical_weights(text_encoder))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _canonical(text_encoder: TextEncoder) -> dict[str, Tensor]:
-    state = text_encoder.state_dict().items()
-    return {name.removeprefix("text_model."): tensor.contiguous() for name, tensor in state}
 
 
 def _saved_config(text_encoder: TextEncoder) -> CLIPTextConfig:

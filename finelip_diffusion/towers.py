@@ -86,9 +86,7 @@ class TextWeights:
             ValueError: If the tensors that give the shapes are missing or have too few dimensions, or the heads do
                 not divide the width.
         """
-        depth = 1 + max(
-            (int(name.split(".")[2]) for name in self.tensors if name.startswith("encoder.layers.")), default=-1
-        )
+        depth = self.depth
         first = "encoder.layers.0.mlp.fc1.weight"
         missing = [name for name in (TOKENS, POSITIONS, first) if name not in self.tensors]
         if missing:
@@ -116,6 +114,12 @@ class TextWeights:
             max_position_embeddings=positions,
             hidden_act=hidden_act or ("gelu" if gelu else "quick_gelu"),
         )
+
+    @property
+    def depth(self) -> int:
+        """The number of layers."""
+        layers = (int(name.split(".")[2]) for name in self.tensors if name.startswith("encoder.layers."))
+        return 1 + max(layers, default=-1)
 
     def own_name(self, name: str) -> str:
         """What the checkpoint calls the tensor of a canonical name."""

@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 from conftest import WIDTH
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from finelip_diffusion.pipeline import BUNDLED_MODEL
 
 Tensors = dict[str, Tensor]
 CLIP_PARTS = {
@@ -19,6 +21,27 @@ CLIP_PARTS = {
     "mlp.fc2.": "mlp.c_proj.",
     "final_layer_norm.": "ln_final.",
 }
+
+
+TOKENIZER = CLIPTokenizer.from_pretrained(BUNDLED_MODEL / "tokenizer")  # small: it is copied for every encoder
+AS_IS = {"max_length": None, "num_attention_heads": 2, "hidden_act": "quick_gelu", "tokenizer": TOKENIZER}
+
+
+def small_encoder(seed: int, positions: int = 248) -> CLIPTextModelWithProjection:
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        bos_token_id=TOKENIZER.bos_token_id,
+        eos_token_id=TOKENIZER.eos_token_id,
+        initializer_factor=5.0,
+    )
+    return CLIPTextModelWithProjection(config).eval()
 
 
 def renamed(name: str, parts: dict[str, str]) -> str:

@@ -323,7 +323,7 @@ def test_strategies_and_layouts_are_those_of_the_package():
 
     assert cli.LONG_PROMPTS == LONG_PROMPTS
     assert cli.WEIGHTINGS == WEIGHTINGS
-    assert ("diffusers", *WRITTEN) == cli.LAYOUTS
+    assert ("diffusers", "onetrainer", *WRITTEN) == cli.LAYOUTS
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in cli.DTYPES)
 
 

@@ -24,6 +24,7 @@ LINES = {
         "locations",
         "tokenizer",
         "text_encoder",
+        "merging",
         "upstream",
         "components",
         "prompts",

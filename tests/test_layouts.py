@@ -7,37 +7,27 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WIDTH
-from public_layouts import LAYOUTS, REST, hugging_face, in_polar_form, long_clip, open_clip, prefixed
+from public_layouts import (
+    AS_IS,
+    LAYOUTS,
+    REST,
+    TOKENIZER,
+    hugging_face,
+    in_polar_form,
+    long_clip,
+    open_clip,
+    prefixed,
+    small_encoder,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import linear, normalize
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection
 
 from finelip_diffusion import load_text_encoder
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.positions import is_only_stretched, stretch_positions
 from finelip_diffusion.text_encoder import STRETCHED_FROM, save_checkpoint, save_text_encoder, text_embeddings
 from finelip_diffusion.towers import text_weights
-
-TOKENIZER = CLIPTokenizer.from_pretrained(BUNDLED_MODEL / "tokenizer")  # small: it is copied for every encoder
-AS_IS = {"max_length": None, "num_attention_heads": 2, "hidden_act": "quick_gelu", "tokenizer": TOKENIZER}
-
-
-def small_encoder(seed: int, positions: int = 248) -> CLIPTextModelWithProjection:
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=positions,
-        bos_token_id=TOKENIZER.bos_token_id,
-        eos_token_id=TOKENIZER.eos_token_id,
-        initializer_factor=5.0,
-    )
-    return CLIPTextModelWithProjection(config).eval()
 
 
 @pytest.fixture(scope="module")
