@@ -42,6 +42,8 @@ LINES = {
         "scenes.families",
         "scenes.noise",
         "scenes.wordings",
+        "scenes.atoms",
+        "scenes.parsing",
         "scenes",
         "metrics",
     ],

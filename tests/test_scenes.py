@@ -18,7 +18,6 @@ from finelip_diffusion.scenes import (
     Scene,
     advice,
     describe,
-    find_facts,
     read,
     render,
     sample_scene,
@@ -137,23 +136,6 @@ def test_the_reader_sees_nothing_in_noise_and_refuses_other_sizes() -> None:
     assert read(noise).objects == ()
     with pytest.raises(ValueError, match=r"96 x 96 pixels, not an array of \(64, 64, 3\)"):
         read(Image.new("RGB", (64, 64)))
-
-
-def test_facts_of_a_caption_are_found_in_its_plain_text() -> None:
-    for seed in range(500):
-        caption = describe(sample_scene(seed, "test", (1, 9)), seed)
-        found = find_facts(str(caption))
-        assert [(fact.object, fact.end) for fact in found.facts] == [(fact.object, fact.end) for fact in caption.facts]
-
-
-def test_a_sentence_states_a_fact_only_when_it_names_each_attribute_once() -> None:
-    text = (
-        "HUGE, yellow: a Star in the very centre! A red circle. A small red star beside a large blue cross at the "
-        "upper left? Tiny, a black diamond at the lower right"
-    )
-    objects = [fact.object for fact in find_facts(text).facts]
-    assert objects == [Object(4, "star", "yellow", "large"), Object(8, "diamond", "black", "small")]
-    assert find_facts("").facts == find_facts("...").facts == ()
 
 
 def test_a_prompt_about_something_else_is_answered_with_what_can_be_drawn() -> None:

@@ -1,7 +1,7 @@
 """The bundled world: scenes of colored shapes on a 3x3 grid, their captions, and a reader of images.
 
 `world` has scenes, their pictures and the reader, `words` what things are called, `facts` what a caption states and
-what an image shows of it, `wordings` captions.
+what an image shows of it, `wordings` captions in the ways of `families`, with `noise`, `parsing` what any text states.
 """
 
 from .facts import (
@@ -12,10 +12,10 @@ from .facts import (
     advice,
     as_record,
     fact_tokens,
-    find_facts,
     findings,
     stock_border,
 )
+from .parsing import find_facts
 from .wordings import FAMILIES, describe
 from .words import PLACES, SIZE_WORDS
 from .world import (

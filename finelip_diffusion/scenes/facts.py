@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .words import SYNONYMS, meanings, plural
+from .words import SYNONYMS, plural
 from .world import BACKGROUNDS, COLOURS, SHAPES, SIZES, Object, Scene
 
 if TYPE_CHECKING:
@@ -27,36 +27,6 @@ class Caption(str):
     """A caption as plain text, with the facts it states in the order of the text."""
 
     facts: tuple[Fact, ...] = ()
-
-
-def find_facts(text: str) -> Caption:
-    """Finds what a text in the words of this world says, whoever wrote it.
-
-    A sentence states a fact if it names one shape, one colour, one size and one place, each once, in any order. Other
-    sentences state none.
-
-    Args:
-        text: A prompt, such as a caption that somebody has changed.
-
-    Returns:
-        The text with its facts. For a caption of `describe` they are of the same objects and end where its own do.
-    """
-    facts = []
-    for sentence in re.finditer(r"[^.!?]+", text):
-        named: dict[str, Any] = {}
-        bounds: list[int] = []
-        for attribute, names in meanings().items():
-            pattern = r"\b(?:" + "|".join(map(re.escape, names)) + r")\b"
-            matches = list(re.finditer(pattern, sentence[0], re.IGNORECASE))
-            if len(matches) == 1:
-                named[attribute] = names[matches[0][0].lower()]
-                bounds += matches[0].span()
-        if len(named) == 4:
-            start = sentence.start()
-            facts.append(Fact(Object(**named), start + min(bounds), start + max(bounds)))
-    caption = Caption(text)
-    caption.facts = tuple(facts)
-    return caption
 
 
 def advice(prompt: str) -> str | None:

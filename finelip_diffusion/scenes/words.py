@@ -1,9 +1,6 @@
 """What the things of the bundled world are called."""
 
 import functools
-from typing import Any
-
-from .world import COLOURS, SHAPES
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
@@ -148,18 +145,3 @@ def places(cell: int, split: str = "train") -> tuple[tuple[str, ...], tuple[str,
 def synonyms(attribute: str, value: str, split: str = "train") -> tuple[str, ...]:
     """What a value is called, the plain name first; `"train"` leaves out `UNSEEN_SYNONYMS`."""
     return tuple(word for word in SYNONYMS[attribute][value] if split != "train" or word not in UNSEEN_SYNONYMS)
-
-
-@functools.cache
-def meanings() -> dict[str, dict[str, Any]]:
-    """What each attribute may be called in a caption, in small letters: the name, and the value that it names."""
-    places = {phrase: cell for cell, phrases in enumerate(PLACES) for phrase in phrases}
-    for cell in range(9):
-        row, column = divmod(cell, 3)
-        places[f"in the {ROWS[row][0]} row and the {COLUMNS[column]} column"] = cell
-    return {
-        "shape": {shape: shape for shape in SHAPES},
-        "colour": {colour: colour for colour in COLOURS},
-        "size": {word: size for size, words in SIZE_WORDS.items() for word in words},
-        "cell": places,
-    }
