@@ -236,12 +236,14 @@ def main() -> None:
     parser.add_argument("--max_queue", type=int, default=MAX_QUEUE, help="requests that may wait")
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("finelip_diffusion.readers").setLevel(logging.ERROR)  # the page says what is dropped
+    logging.getLogger("finelip_diffusion.prompt_encoder").setLevel(logging.ERROR)  # the page says what is dropped
 
     def load() -> Any:
         from finelip_diffusion.cli import load_pipeline
 
-        return load_pipeline(args.model, args.finelip, dtype=args.dtype, device=args.device)
+        return load_pipeline(
+            args.model, args.finelip, long_prompt="stretch", dtype=args.dtype, device=args.device
+        )
 
     demo = build_demo(load, name=args.model or "bundled", scenes=args.model is None, max_queue=args.max_queue)
     demo.launch(server_name=args.host, server_port=args.port, share=args.share, max_file_size="20mb", **look())

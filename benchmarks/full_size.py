@@ -151,7 +151,10 @@ def stable_diffusion(args: Arguments, unet: bool) -> tuple[StableDiffusionPipeli
     }
     text_encoder, tokenizer = build("text_encoder", args), clip_tokenizer(77)
     stock = StableDiffusionPipeline(text_encoder=text_encoder, tokenizer=tokenizer, **parts)
-    ours = FineLIPStableDiffusionPipeline(text_encoder=text_encoder, tokenizer=tokenizer, long_prompt="auto", **parts)
+    ours = FineLIPStableDiffusionPipeline(
+        text_encoder=text_encoder, tokenizer=tokenizer, long_prompt="stretch", **parts
+    )
+    ours.long_prompt = "auto"
     long = StableDiffusionPipeline(text_encoder=ours.text_encoder, tokenizer=ours.tokenizer, **parts)
     for pipe in (stock, long, ours):
         pipe.set_progress_bar_config(disable=True)
@@ -168,7 +171,8 @@ def stable_diffusion_xl(args: Arguments) -> tuple[StableDiffusionXLPipeline, Sta
     }
     parts = {"vae": None, "unet": None, "scheduler": DDIMScheduler(), "add_watermarker": False}
     stock = StableDiffusionXLPipeline(**encoders, **parts)
-    ours = FineLIPStableDiffusionXLPipeline(**encoders, **parts, long_prompt="auto")
+    ours = FineLIPStableDiffusionXLPipeline(**encoders, **parts, long_prompt="stretch", second_encoder="stretch")
+    ours.long_prompt = "auto"
     long = StableDiffusionXLPipeline(**{name: getattr(ours, name) for name in encoders}, **parts)
     return stock, long, ours
 

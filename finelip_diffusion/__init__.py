@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .components import attach
+    from .attaching import attach
     from .encoding import PromptEmbeds
     from .model import FineLIPConfig, FineLIPModel
     from .pipeline import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
@@ -41,7 +41,7 @@ _MODULES = {
     "FineLIPStableDiffusionXLPipeline": "pipeline",
     "PromptEmbeds": "encoding",
     "PromptReport": "prompts",
-    "attach": "components",
+    "attach": "attaching",
     "load_text_encoder": "text_encoder",
 }
 

@@ -88,9 +88,9 @@ def generate(args: argparse.Namespace) -> None:
         settings = {
             "model": args.model or "bundled",
             "finelip": args.finelip,
-            "long_prompt": args.long_prompt,
-            "weighting": args.weighting,
-            "blend": args.blend,
+            "long_prompt": pipe.long_prompt,
+            "weighting": pipe.weighting,
+            "blend": pipe.blend,
             "seed": seed,
             "steps": args.steps,
             "guidance_scale": guidance_scale,
@@ -201,7 +201,11 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt-file", metavar="FILE", type=Path, help="a UTF-8 text file")
     read.add_argument("--model", help="folder or hub id of a Stable Diffusion (default: the bundled model)")
     read.add_argument("--finelip", metavar="SOURCE", help="a long text encoder: folder, hub id or checkpoint file")
-    read.add_argument("--long-prompt", choices=LONG_PROMPTS, default="stretch", help="how the prompt is read")
+    read.add_argument(
+        "--long-prompt",
+        choices=LONG_PROMPTS,
+        help="how the prompt is read (default: stretch with a trained long encoder, chunk without)",
+    )
     read.add_argument(
         "--weighting", choices=WEIGHTINGS, default="plain", help="syntax of weights (default: plain, none)"
     )
@@ -334,18 +338,20 @@ def load_pipeline(
     model: str | None = None,
     finelip: str | None = None,
     *,
-    long_prompt: str = "stretch",
+    long_prompt: str | None = None,
     dtype: str = "float32",
     device: str | None = None,
+    **options: Any,
 ):
     """Loads the pipeline of a model's kind, on its device.
 
     Args:
         model: Folder or hub id of a Stable Diffusion or an SDXL; None is the bundled model.
         finelip: A long text encoder: folder, hub id or checkpoint file.
-        long_prompt: How prompts are read.
+        long_prompt: How prompts are read; None is the best that the loaded parts can do.
         dtype: Name of the weights' type.
         device: Name of a device; None is a GPU of CUDA where there is one.
+        **options: For `from_pretrained`, such as `weighting` and `blend`.
 
     Returns:
         The pipeline.
@@ -372,14 +378,14 @@ def load_pipeline(
         kind = model_index(model, {}).get("_class_name", "model of no kind")
     if kind not in classes:
         raise ValueError(f"{model} is a {kind}: give a model of {' or '.join(classes)}.")
-    pipe = classes[kind].from_pretrained(model, finelip=finelip, long_prompt=long_prompt, dtype=getattr(torch, dtype))
+    options |= {"finelip": finelip, "long_prompt": long_prompt, "dtype": getattr(torch, dtype)}
+    pipe = classes[kind].from_pretrained(model, **options)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _pipeline(args: argparse.Namespace):
-    pipe = load_pipeline(args.model, args.finelip, long_prompt=args.long_prompt, dtype=args.dtype, device=args.device)
-    pipe.weighting, pipe.blend = args.weighting, args.blend
-    return pipe
+    names = ("long_prompt", "weighting", "blend", "dtype", "device")
+    return load_pipeline(args.model, args.finelip, **{name: getattr(args, name) for name in names})
 
 
 def _size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:

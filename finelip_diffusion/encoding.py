@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,8 +13,8 @@ from transformers import CLIPTokenizer
 
 from .checkpoints import write_safetensors
 from .prompts import Reading, Run, Window
-from .text_encoder import TextEncoder
-from .weighting import encode_layer, weigh
+from .text_encoder import TextEncoder, final_layer_norm
+from .weighting import compel_is_missing
 
 
 def encode_readings(
@@ -101,6 +103,103 @@ def _fit(states: Tensor, length: int, empty: Tensor) -> Tensor:
     """(T, D) -> (length, D): cut, or continued with (T_empty, D) as often as it takes."""
     missing = max(length - len(states), 0)
     return torch.cat([states[:length], empty.repeat(-(-missing // len(empty)), 1)[:missing]])
+
+
+def encode_layer(
+    text_encoder: TextEncoder, input_ids: Tensor, layer: int, norm: bool, attention_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Runs a text encoder for the states of one layer.
+
+    Args:
+        text_encoder: A CLIP text encoder.
+        input_ids: (B, T).
+        layer: Index into the hidden states, -1 for the last layer.
+        norm: Whether the final LayerNorm follows.
+        attention_mask: (B, T), 1 for what may be attended to, or None.
+
+    Returns:
+        (B, T, D) states, and (B, E) pooled output, or None where the encoder has no projection.
+
+    Raises:
+        ValueError: If the encoder has no such layer.
+    """
+    if layer == -1 and norm:  # the encoder's own output: no need to keep the states of every layer
+        output = text_encoder(input_ids, attention_mask)
+        return output.last_hidden_state, getattr(output, "text_embeds", None)
+    output = text_encoder(input_ids, attention_mask, output_hidden_states=True)
+    if not -len(output.hidden_states) <= layer <= -1:
+        layers = len(output.hidden_states) - 1
+        raise ValueError(f"clip_skip asks for layer {layers + 1 + layer} of a text encoder that has {layers} layers.")
+    states = output.hidden_states[layer]
+    return final_layer_norm(text_encoder)(states) if norm else states, getattr(output, "text_embeds", None)
+
+
+@dataclass
+class _Layer:
+    """A text encoder as compel takes it, whose last layer is the one that the UNet reads."""
+
+    text_encoder: TextEncoder
+    layer: int
+    norm: bool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.text_encoder, name)
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        states, _ = encode_layer(self.text_encoder, input_ids, self.layer, self.norm, attention_mask)
+        return type("Output", (), {"last_hidden_state": states})
+
+
+def weigh(
+    windows: list[tuple[Window, list[Run]]],
+    text_encoder: TextEncoder,
+    tokenizer: CLIPTokenizer,
+    *,
+    device: torch.device | str = "cpu",
+    layer: int = -1,
+    norm: bool = True,
+) -> Iterator[Tensor]:
+    """Encodes windows whose tokens weigh differently, as compel does.
+
+    A token of weight w gets the state e + w (z - e), where z is its state and e that of the empty prompt. What weighs
+    less than 1 is also taken back: the states of a pass without it (masked out of the attention) are mixed in with
+    tan((1 - w) pi / 2), against 1 for those of the whole.
+
+    Args:
+        windows: Content tokens of each window, and the runs of them that weigh other than 1.
+        text_encoder: Reads `tokenizer.model_max_length` tokens at once.
+        tokenizer: Names the start, end and padding tokens.
+        device: Where the encoder is.
+        layer: Index into the hidden states, -1 for the last layer.
+        norm: Whether the final LayerNorm follows.
+
+    Yields:
+        (T, D) states of one window after the other.
+
+    Raises:
+        ValueError: If compel is not installed.
+    """
+    try:
+        from compel.embeddings_provider import EmbeddingsProvider
+    except ImportError as error:
+        raise compel_is_missing() from error
+
+    class Provider(EmbeddingsProvider):
+        """Reads fragments that are token ids already, so that windows and counts are those of the prompt's report."""
+
+        def get_token_ids(self, texts: Any, *args: Any, **kwargs: Any) -> list[list[int]]:
+            return [list(ids) for ids in texts]
+
+    provider = Provider(tokenizer, _Layer(text_encoder, layer, norm), device=device)
+    for window, runs in windows:
+        bounds = sorted({0, len(window), *(bound for run in runs for bound in run[:2])})
+        pairs = [(first, last) for first, last in pairwise(bounds) if first < last]
+        weight_of = {run[0]: run[2] for run in runs}
+        yield provider.get_embeddings_for_weighted_prompt_fragments(
+            [[window[first:last] for first, last in pairs]],
+            [[weight_of.get(first, 1.0) for first, _ in pairs]],
+            device=device,
+        )[0]
 
 
 @dataclass(frozen=True, eq=False)

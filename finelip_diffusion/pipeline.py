@@ -1,8 +1,6 @@
-"""Stable Diffusion pipelines for long prompts: thin subclasses of diffusers' own."""
+"""Stable Diffusion pipelines for long prompts: diffusers' own, which are given the states of whole prompts."""
 
 import json
-import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +14,6 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
@@ -25,35 +22,55 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from .adapters import AdapterMixin
-from .components import STOCK, check_widths, is_stock, long_encoder, single_file_components
+from .adapters import AdapterPipeline
+from .encoding import PromptEmbeds
+from .lengthening import STOCK, check_widths, default_settings, in_place, is_stock
+from .loading import adapted_unet, single_file_components
 from .locations import model_index
-from .prompts import LONG_PROMPTS, LongPrompt
-from .readers import Reader, ReadingMixin, one_of
+from .prompt_encoder import PromptEncoder, with_signature_of
+from .prompts import LongPrompt, PromptReport, PromptSettings, Weighting
 from .upstream import name_dtype
-from .weighting import Weighting
-
-logger = logging.getLogger(__name__)
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
 """A small Stable Diffusion of the scenes world; its `finelip/` holds the long encoder and the UNet adapted to it."""
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "token")
-SECOND_ENCODERS = ("stretch", "window")
-HIDDEN_STATES = ("penultimate", "last_norm")
 
 
-class _LongPromptMixin(AdapterMixin, ReadingMixin):
-    """What both pipelines share: loading and saving of a long and a stock text encoder in each place."""
+def _setting(name: str, doc: str) -> Any:
+    """A setting of the pipeline as an attribute; a new value makes new settings."""
+
+    def put(pipe: Any, value: Any) -> None:
+        pipe.prompt_settings = pipe.prompt_settings.but(**{name: value})
+
+    return property(lambda pipe: getattr(pipe.prompt_settings, name), put, doc=doc)
+
+
+def _check(long_prompt: str | None, given: dict[str, Any]) -> None:
+    """Refuses settings before anything is loaded."""
+    PromptSettings(long_prompt or "stretch").but(weighting=given.get("weighting"), blend=given.get("blend"))
+
+
+def _with_stock(config: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("_") if key.startswith(f"_{STOCK}") else key: value for key, value in config.items()}
+
+
+class _LongPromptPipeline(AdapterPipeline):
+    """What both pipelines share: loading and saving of a long and a stock text encoder in each place, and reading."""
 
     _stock_class: ClassVar[type[DiffusionPipeline]]
+    prompt_settings: PromptSettings
+
+    long_prompt = _setting("long_prompt", "How prompts are read; docs/pipelines.md has the table.")
+    weighting = _setting("weighting", "The syntax in which words get their weights; `'plain'` is none.")
+    blend = _setting("blend", "Share of the long encoder's states in what `'stretch'` reads.")
 
     @classmethod
     def from_pretrained(
         cls,
         base: str | Path | None = None,
         finelip: str | Path | None = None,
-        long_prompt: LongPrompt = "stretch",
+        long_prompt: LongPrompt | None = None,
         **kwargs: Any,
     ):
         """Loads a Stable Diffusion and puts a long text encoder into it.
@@ -61,37 +78,46 @@ class _LongPromptMixin(AdapterMixin, ReadingMixin):
         Args:
             base: Folder or hub id of a Stable Diffusion, in diffusers' layout. None is the bundled model.
             finelip: Any source of `load_text_encoder`. If it is a folder with a `unet/`, that UNet was adapted to the
-                encoder and replaces the base's, unless `unet=` is given. None takes the base's own encoder: as it is
-                if it is a long one, else stretched without training, with a warning.
-            long_prompt: How prompts are read: `"stretch"`, `"truncate"`, `"chunk"`, `"segment"` or `"auto"`.
-            **kwargs: As for diffusers' `from_pretrained`.
+                encoder and replaces the base's, unless `unet=` is given. None takes the base's own encoder as it is;
+                under `long_prompt="stretch"` a stock one is stretched without training, with a warning.
+            long_prompt: How prompts are read: `"stretch"`, `"truncate"`, `"chunk"`, `"segment"` or `"auto"`. None is
+                the best that the loaded parts can do: `"stretch"` with a trained long encoder, `"chunk"` without.
+            **kwargs: As for diffusers' `from_pretrained`, and `weighting`, `blend`, `second_encoder`, `hidden_state`.
+                `stock_text_encoder=None` (for SDXL `stock_text_encoder_2=None`, too) keeps no stock encoder beside a
+                long one: half the memory, and `"stretch"` alone.
 
         Returns:
             The pipeline.
 
         Raises:
             ValueError: If the base is not a pipeline's folder and cannot be had from the hub, the encoder's width is
-                not the one that the UNet reads, or an argument is none of its choices; and whatever
+                not the one that the UNet reads, or an argument is not one of its choices; and whatever
                 `load_text_encoder` raises.
             OSError: If a part of the base is missing.
         """
-        one_of("long_prompt", long_prompt, LONG_PROMPTS)
+        _check(long_prompt, kwargs)
         kwargs = name_dtype(kwargs)
         if base is None:
             base, finelip = BUNDLED_MODEL, finelip or BUNDLED_MODEL / "finelip"
         model_index(base, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs})
+        unwanted = [place for place in cls._places if kwargs.get(f"{STOCK}text_encoder{place}", ...) is None]
         if Path(base).is_dir():  # one that `from_pipe` made of ours names the stock encoders, and saves none
             names = [f"{STOCK}{part}{place}" for part in ("text_encoder", "tokenizer") for place in cls._places]
             kwargs = {**{name: None for name in names if not (Path(base) / name).is_dir()}, **kwargs}
-        kwargs |= _adapted_unet(finelip, kwargs)
-        return super().from_pretrained(str(base), finelip=finelip, long_prompt=long_prompt, **kwargs)  # type: ignore[misc]
+        kwargs |= adapted_unet(finelip, kwargs)
+        pipe = super().from_pretrained(str(base), finelip=finelip, long_prompt=long_prompt, **kwargs)
+        for place in unwanted:
+            pipe.register_modules(**{f"{STOCK}text_encoder{place}": None, f"{STOCK}tokenizer{place}": None})
+        if "_2" in unwanted:
+            pipe.prompt_settings = pipe.prompt_settings.but(second_encoder=kwargs.get("second_encoder", "stretch"))
+        return pipe
 
     @classmethod
     def from_single_file(
         cls,
         path: str | Path,
         finelip: str | Path | None = None,
-        long_prompt: LongPrompt = "stretch",
+        long_prompt: LongPrompt | None = None,
         config: str | Path | None = None,
         **kwargs: Any,
     ):
@@ -111,9 +137,9 @@ class _LongPromptMixin(AdapterMixin, ReadingMixin):
         Raises:
             ValueError: If there is no such file, it holds the encoders of another kind of model, or the
                 configurations cannot be had; the encoder's width is not the one that the UNet reads, or an argument
-                is none of its choices; and whatever `load_text_encoder` raises.
+                is not one of its choices; and whatever `load_text_encoder` raises.
         """
-        one_of("long_prompt", long_prompt, LONG_PROMPTS)
+        _check(long_prompt, kwargs)
         kwargs = name_dtype(kwargs)
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype")) or torch.float32  # diffusers' default for a file
         hub: dict[str, Any] = {
@@ -124,25 +150,86 @@ class _LongPromptMixin(AdapterMixin, ReadingMixin):
         )
         for place in cls._places:  # a configuration saved by this class has these, a file has not
             components |= {f"{STOCK}text_encoder{place}": None, f"{STOCK}tokenizer{place}": None}
-        kwargs = {**_adapted_unet(finelip, kwargs), **kwargs}
+        kwargs = {**adapted_unet(finelip, kwargs), **kwargs}
         kwargs = {"config": str(folder), "finelip": finelip, "long_prompt": long_prompt, **components, **kwargs}
-        return super().from_single_file(str(file), **kwargs)  # type: ignore[misc]
+        return super().from_single_file(str(file), **kwargs)
 
     @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """Gives the stock encoders, which diffusers' own classes must not see, back to ours."""
-        public = {key.removeprefix("_") if key.startswith(f"_{STOCK}") else key: v for key, v in config_dict.items()}
-        return super().extract_init_dict(public, **kwargs)  # type: ignore[misc]
+    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The `model_index.json` with the stock encoders, which diffusers' own classes must not see; what is found by
+        their names are their folders, also on the hub, and variants of their weights."""
+        return _with_stock(super()._dict_from_json_file(*args, **kwargs))
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The same for `custom_pipeline=`, where diffusers' base class reads the file."""
+        return super().extract_init_dict(_with_stock(config_dict), **kwargs)
 
     def to_json_string(self) -> str:
         """The `model_index.json`, in the name of diffusers' own class, so that plain diffusers loads it."""
-        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        config = json.loads(super().to_json_string())
         config = {f"_{key}" if key.startswith(STOCK) else key: value for key, value in config.items()}
         config["_class_name"] = self._stock_class.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
+    def describe_prompt(
+        self,
+        prompt: str | list[str],
+        long_prompt: LongPrompt | None = None,
+        weighting: Weighting | None = None,
+        blend: float | None = None,
+    ) -> PromptReport | list[PromptReport]:
+        """Says what the pipeline would read of a prompt, what it would drop, and why it reads prompts so.
 
-class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
+        Args:
+            prompt: A prompt, or those of one call.
+            long_prompt: A strategy, or None for the pipeline's.
+            weighting: A syntax of weights, or None for the pipeline's.
+            blend: A share of the long encoder, or None for the pipeline's.
+
+        Returns:
+            The report, or one for each prompt of a list.
+
+        Raises:
+            ValueError: If an argument is not one of its choices, or a strategy needs a stock encoder that the pipeline
+                does not have.
+        """
+        return self._prompt_encoder(long_prompt, weighting, blend).describe(prompt)
+
+    def encode(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        *,
+        long_prompt: LongPrompt | None = None,
+        weighting: Weighting | None = None,
+        blend: float | None = None,
+        **kwargs: Any,
+    ) -> PromptEmbeds:
+        """Encodes prompts once, to draw from them as often as wanted: `pipe(**pipe.encode(prompt), generator=...)`.
+
+        Args:
+            prompt: One prompt or several.
+            negative_prompt: One for all, or one for each; None as in a call without.
+            long_prompt: How prompts are read, or None for the pipeline's setting.
+            weighting: The syntax of weights, or None for the pipeline's setting.
+            blend: Share of the long encoder, or None for the pipeline's setting.
+            **kwargs: For `encode_prompt`, such as `prompt_2` and `clip_skip`.
+
+        Returns:
+            States and, for SDXL, pooled outputs; `save` writes them to a file.
+
+        Raises:
+            ValueError: Whatever `encode_prompt` raises.
+        """
+        return self._prompt_encoder(long_prompt, weighting, blend).encode(prompt, negative_prompt, **kwargs)
+
+    def _prompt_encoder(self, long_prompt: str | None, weighting: str | None, blend: float | None) -> PromptEncoder:
+        settings = self.prompt_settings.but(long_prompt=long_prompt, weighting=weighting, blend=blend)
+        return PromptEncoder(self, settings)
+
+
+class FineLIPStableDiffusionPipeline(_LongPromptPipeline, StableDiffusionPipeline):
     """Stable Diffusion 1.x / 2.x with a long text encoder; everything else is diffusers' `StableDiffusionPipeline`.
 
     Args:
@@ -164,7 +251,7 @@ class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
         blend: Share of the long encoder's states in what `"stretch"` reads; the rest are the stock encoder's.
 
     Raises:
-        ValueError: If an encoder's width is not the one that the UNet reads, or an argument is none of its choices.
+        ValueError: If an encoder's width is not the one that the UNet reads, or an argument is not one of its choices.
     """
 
     model_cpu_offload_seq = f"stock_text_encoder->{StableDiffusionPipeline.model_cpu_offload_seq}"
@@ -193,17 +280,16 @@ class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
         stock_text_encoder: CLIPTextModel | None = None,
         stock_tokenizer: CLIPTokenizer | None = None,
         finelip: str | Path | None = None,
-        long_prompt: str = "stretch",
+        long_prompt: str | None = None,
         weighting: str = "plain",
         blend: float = 1.0,
     ):
-        if is_stock(text_encoder):
-            stock_text_encoder, stock_tokenizer = text_encoder, tokenizer
-        text_encoder, tokenizer = long_encoder(text_encoder, tokenizer, finelip)
+        stretch = long_prompt == "stretch"
+        first = in_place(text_encoder, tokenizer, stock_text_encoder, stock_tokenizer, finelip, stretch=stretch)
         super().__init__(
             vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
+            text_encoder=first.text_encoder,
+            tokenizer=first.tokenizer,
             unet=unet,
             scheduler=scheduler,
             safety_checker=safety_checker,
@@ -211,110 +297,68 @@ class FineLIPStableDiffusionPipeline(_LongPromptMixin, StableDiffusionPipeline):
             image_encoder=image_encoder,
             requires_safety_checker=requires_safety_checker,
         )
-        self.register_modules(stock_text_encoder=stock_text_encoder, stock_tokenizer=stock_tokenizer)
-        check_widths([text_encoder], unet)
-        self.long_prompt, self.weighting, self.blend = long_prompt, weighting, blend
+        self.register_modules(stock_text_encoder=first.stock_text_encoder, stock_tokenizer=first.stock_tokenizer)
+        check_widths([first.text_encoder], unet)
+        self.prompt_settings = default_settings(long_prompt, first).but(weighting=weighting, blend=blend)
 
+    @with_signature_of(StableDiffusionPipeline.__call__)
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
         *args: Any,
         long_prompt: LongPrompt | None = None,
         weighting: Weighting | None = None,
         blend: float | None = None,
         **kwargs: Any,
-    ):
-        """Generates images; all arguments but `long_prompt`, `weighting` and `blend` are those of diffusers'
-        `StableDiffusionPipeline`.
+    ) -> Any:
+        """Generates images; all arguments but the three of this package are those of diffusers' own.
 
         Args:
-            prompt: One prompt or several.
-            *args: As in diffusers.
+            *args: As for diffusers' `StableDiffusionPipeline`.
             long_prompt: How prompts are read in this call, or None for the pipeline's setting.
             weighting: The syntax of weights in this call, or None for the pipeline's setting.
             blend: Share of the long encoder in this call, or None for the pipeline's setting.
-            **kwargs: As in diffusers.
+            **kwargs: As for diffusers' `StableDiffusionPipeline`.
 
         Returns:
             As in diffusers.
 
         Raises:
-            ValueError: For what diffusers refuses, an argument that is none of its choices, or a strategy whose
+            ValueError: For what diffusers refuses, an argument that is not one of its choices, or a strategy whose
                 encoder is missing.
         """
-        with self.reading_with(long_prompt, weighting, blend):
-            return super().__call__(prompt, *args, **kwargs)
+        return self._prompt_encoder(long_prompt, weighting, blend).draw(super().__call__, args, kwargs)
 
+    @with_signature_of(StableDiffusionPipeline.encode_prompt)
     def encode_prompt(
         self,
-        prompt: str | list[str] | None,
-        device: torch.device,
-        num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
+        *args: Any,
         long_prompt: LongPrompt | None = None,
         weighting: Weighting | None = None,
         blend: float | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Encodes prompts as diffusers does, but whole.
-
-        Prompts, negative prompts and ready embeddings come out at one length, that of the longest: shorter ones go on
-        with windows of the empty prompt. As in diffusers, `clip_skip` does not apply to the negative prompt.
+        **kwargs: Any,
+    ) -> Any:
+        """Encodes prompts as diffusers does, but whole; `PromptEncoder.ready` says how they come to one length.
 
         Args:
-            prompt: B prompts, or None with `prompt_embeds`.
-            device: Where to encode.
-            num_images_per_prompt: N.
-            do_classifier_free_guidance: Whether the negative side is wanted.
-            negative_prompt: One for all, or B of them; None is the empty prompt.
-            prompt_embeds: (B, T, D), ready states.
-            negative_prompt_embeds: (B, T, D), ready states.
-            lora_scale: Weight of LoRA layers in the text encoder.
-            clip_skip: Layers to leave out before the final LayerNorm.
+            *args: As in diffusers.
             long_prompt: How prompts are read, or None for the pipeline's setting.
             weighting: The syntax of weights, or None for the pipeline's setting.
             blend: Share of the long encoder, or None for the pipeline's setting.
+            **kwargs: As in diffusers.
 
         Returns:
-            (B * N, T, D) states of the prompts and of the negative ones (or None).
+            As in diffusers: (B * N, T, D) states of the prompts and of the negative ones (or None).
 
         Raises:
-            ValueError: If the negative prompts are neither one nor B, a layer does not exist, an argument is none of
-                its choices, or a strategy lacks its encoder.
+            ValueError: If the negative prompts are neither one nor as many as the prompts, a layer does not exist, an
+                argument is not one of its choices, or a strategy lacks its encoder.
         """
-        prompts = _texts(prompt) if prompt_embeds is None else None
-        negatives = None
-        if do_classifier_free_guidance and negative_prompt_embeds is None:
-            negatives = _texts(negative_prompt or "", _size(prompts, prompt_embeds))
-        if prompts is not None or negatives is not None:
-            with self.reading_with(long_prompt, weighting, blend):
-                prompt_embeds, negative_prompt_embeds, _, _ = self._encode(
-                    None if prompts is None else [prompts],
-                    None if negatives is None else [negatives],
-                    prompt_embeds,
-                    negative_prompt_embeds,
-                    device=device,
-                    lora_scale=lora_scale,
-                    layers=(-1 - (clip_skip or 0), -1),
-                    norm=True,
-                )
-        return super().encode_prompt(
-            None,
-            device,
-            num_images_per_prompt,
-            do_classifier_free_guidance,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            lora_scale=lora_scale,
-        )
+        encoder = self._prompt_encoder(long_prompt, weighting, blend)
+        return encoder.encode_prompt(super().encode_prompt, args, kwargs)
 
 
-class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeline):
+class FineLIPStableDiffusionXLPipeline(_LongPromptPipeline, StableDiffusionXLPipeline):
     """Stable Diffusion XL with two long text encoders; everything else is diffusers' `StableDiffusionXLPipeline`.
 
     SDXL joins the token states of both encoders position by position. `finelip` replaces the first (CLIP-L); the
@@ -349,8 +393,8 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
             LayerNorm, as the scripts of Long-CLIP and FineLIP feed it to SDXL.
 
     Raises:
-        ValueError: If the widths of the encoders do not add up to the one that the UNet reads, or an argument is none
-            of its choices.
+        ValueError: If the widths of the encoders do not add up to the one that the UNet reads, or an argument is not
+            one of its choices.
     """
 
     model_cpu_offload_seq = (
@@ -371,6 +415,9 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
     _stock_class = StableDiffusionXLPipeline
     _places = ("", "_2")
 
+    second_encoder = _setting("second_encoder", "The second encoder's part under `'stretch'`.")
+    hidden_state = _setting("hidden_state", "The states that the UNet reads.")
+
     def __init__(
         self,
         vae: AutoencoderKL,
@@ -389,24 +436,28 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
         stock_tokenizer: CLIPTokenizer | None = None,
         stock_tokenizer_2: CLIPTokenizer | None = None,
         finelip: str | Path | None = None,
-        long_prompt: str = "stretch",
+        long_prompt: str | None = None,
         weighting: str = "plain",
         blend: float = 1.0,
-        second_encoder: str = "stretch",
+        second_encoder: str | None = None,
         hidden_state: str = "penultimate",
     ):
-        if is_stock(text_encoder):
-            stock_text_encoder, stock_tokenizer = text_encoder, tokenizer
-        if is_stock(text_encoder_2):
-            stock_text_encoder_2, stock_tokenizer_2 = text_encoder_2, tokenizer_2
-        text_encoder, tokenizer = long_encoder(text_encoder, tokenizer, finelip)
-        text_encoder_2, tokenizer_2 = long_encoder(text_encoder_2, tokenizer_2, warn=False)
+        stretch = long_prompt == "stretch"
+        first = in_place(text_encoder, tokenizer, stock_text_encoder, stock_tokenizer, finelip, stretch=stretch)
+        second = in_place(
+            text_encoder_2,
+            tokenizer_2,
+            stock_text_encoder_2,
+            stock_tokenizer_2,
+            stretch=not is_stock(first.text_encoder),  # both encoders end at one length
+            warn=False,
+        )
         super().__init__(
             vae=vae,
-            text_encoder=text_encoder,
-            text_encoder_2=text_encoder_2,
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer_2,
+            text_encoder=first.text_encoder,
+            text_encoder_2=second.text_encoder,
+            tokenizer=first.tokenizer,
+            tokenizer_2=second.tokenizer,
             unet=unet,
             scheduler=scheduler,
             image_encoder=image_encoder,
@@ -415,160 +466,69 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptMixin, StableDiffusionXLPipeli
             add_watermarker=add_watermarker,
         )
         self.register_modules(
-            stock_text_encoder=stock_text_encoder,
-            stock_text_encoder_2=stock_text_encoder_2,
-            stock_tokenizer=stock_tokenizer,
-            stock_tokenizer_2=stock_tokenizer_2,
+            stock_text_encoder=first.stock_text_encoder,
+            stock_text_encoder_2=second.stock_text_encoder,
+            stock_tokenizer=first.stock_tokenizer,
+            stock_tokenizer_2=second.stock_tokenizer,
         )
-        check_widths([text_encoder, text_encoder_2], unet)
-        self.long_prompt, self.weighting, self.blend = long_prompt, weighting, blend
-        self.second_encoder = one_of("second_encoder", second_encoder, SECOND_ENCODERS)
-        self.hidden_state = one_of("hidden_state", hidden_state, HIDDEN_STATES)
+        check_widths([first.text_encoder, second.text_encoder], unet)
+        self.prompt_settings = default_settings(long_prompt, first, second).but(
+            weighting=weighting, blend=blend, second_encoder=second_encoder, hidden_state=hidden_state
+        )
 
+    @with_signature_of(StableDiffusionXLPipeline.__call__)
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
         *args: Any,
         long_prompt: LongPrompt | None = None,
         weighting: Weighting | None = None,
         blend: float | None = None,
         **kwargs: Any,
-    ):
-        """Generates images; all arguments but `long_prompt`, `weighting` and `blend` are those of diffusers'
-        `StableDiffusionXLPipeline`.
+    ) -> Any:
+        """Generates images; all arguments but the three of this package are those of diffusers' own.
 
         Args:
-            prompt: One prompt or several.
-            *args: As in diffusers.
+            *args: As for diffusers' `StableDiffusionXLPipeline`.
             long_prompt: How prompts are read in this call, or None for the pipeline's setting.
             weighting: The syntax of weights in this call, or None for the pipeline's setting.
             blend: Share of the long encoder in this call, or None for the pipeline's setting.
-            **kwargs: As in diffusers.
+            **kwargs: As for diffusers' `StableDiffusionXLPipeline`.
 
         Returns:
             As in diffusers.
 
         Raises:
-            ValueError: For what diffusers refuses, an argument that is none of its choices, or a strategy whose
+            ValueError: For what diffusers refuses, an argument that is not one of its choices, or a strategy whose
                 encoder is missing.
         """
-        with self.reading_with(long_prompt, weighting, blend):
-            return super().__call__(prompt, *args, **kwargs)
+        return self._prompt_encoder(long_prompt, weighting, blend).draw(super().__call__, args, kwargs)
 
+    @with_signature_of(StableDiffusionXLPipeline.encode_prompt)
     def encode_prompt(
         self,
-        prompt: str | list[str] | None = None,
-        prompt_2: str | list[str] | None = None,
-        device: torch.device | None = None,
-        num_images_per_prompt: int = 1,
-        do_classifier_free_guidance: bool = True,
-        negative_prompt: str | list[str] | None = None,
-        negative_prompt_2: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        negative_pooled_prompt_embeds: Tensor | None = None,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
+        *args: Any,
         long_prompt: LongPrompt | None = None,
         weighting: Weighting | None = None,
         blend: float | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Encodes prompts as diffusers does, but whole; lengths as in `FineLIPStableDiffusionPipeline.encode_prompt`.
+        **kwargs: Any,
+    ) -> Any:
+        """Encodes prompts as diffusers does, but whole; `PromptEncoder.ready` says how they come to one length.
 
         Args:
-            prompt: B prompts, or None with `prompt_embeds`.
-            prompt_2: Prompts for the second encoder; None repeats `prompt`.
-            device: Where to encode.
-            num_images_per_prompt: N.
-            do_classifier_free_guidance: Whether the negative side is wanted.
-            negative_prompt: One for all, or B of them; None is zeros, or the empty prompt where
-                `force_zeros_for_empty_prompt` is off.
-            negative_prompt_2: The same for the second encoder; None repeats `negative_prompt`.
-            prompt_embeds: (B, T, D), ready states.
-            negative_prompt_embeds: (B, T, D), ready states.
-            pooled_prompt_embeds: (B, E), ready.
-            negative_pooled_prompt_embeds: (B, E), ready.
-            lora_scale: Weight of LoRA layers in the text encoders.
-            clip_skip: Layers to leave out, counted from the one that `hidden_state` names.
+            *args: As in diffusers.
             long_prompt: How prompts are read, or None for the pipeline's setting.
             weighting: The syntax of weights, or None for the pipeline's setting.
             blend: Share of the long encoder, or None for the pipeline's setting.
+            **kwargs: As in diffusers.
 
         Returns:
-            (B * N, T, D) states of the prompts and of the negative ones (or None), and (B * N, E) pooled outputs of
-            both.
+            As in diffusers: (B * N, T, D) states of the prompts and of the negative ones (or None), and (B * N, E)
+            pooled outputs of both.
 
         Raises:
-            ValueError: If the negative prompts are neither one nor B, a layer does not exist, an argument is none of
-                its choices, or a strategy lacks its encoder.
+            ValueError: If the negative prompts are neither one nor as many as the prompts, a layer does not exist, an
+                argument is not one of its choices, or a strategy lacks its encoder.
         """
-        device = device or self._execution_device
-        prompts = negatives = None
-        if prompt_embeds is None:
-            prompts = [_texts(prompt), _texts(prompt_2 or prompt)]
-        zeros = negative_prompt is None and self.config.force_zeros_for_empty_prompt
-        if do_classifier_free_guidance and negative_prompt_embeds is None and not zeros:
-            size = _size(prompts[0] if prompts else None, prompt_embeds)
-            negatives = [_texts(text or "", size) for text in (negative_prompt, negative_prompt_2 or negative_prompt)]
-        if prompts is not None or negatives is not None:
-            norm = self.hidden_state == "last_norm"
-            layer = -1 if norm else -2
-            with self.reading_with(long_prompt, weighting, blend):
-                prompt_embeds, negative_prompt_embeds, pooled, negative_pooled = self._encode(
-                    prompts,
-                    negatives,
-                    prompt_embeds,
-                    negative_prompt_embeds,
-                    device=device,
-                    lora_scale=lora_scale,
-                    layers=(layer - (clip_skip or 0), layer),
-                    norm=norm,
-                )
-            pooled_prompt_embeds = pooled if pooled_prompt_embeds is None else pooled_prompt_embeds
-            if negative_pooled_prompt_embeds is None:
-                negative_pooled_prompt_embeds = negative_pooled
-        return super().encode_prompt(
-            None,
-            device=device,
-            num_images_per_prompt=num_images_per_prompt,
-            do_classifier_free_guidance=do_classifier_free_guidance,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            lora_scale=lora_scale,
-        )
-
-    def _readers(self, how: LongPrompt) -> list[Reader]:
-        readers = super()._readers(how)
-        if how == "stretch" and self.second_encoder == "window":
-            span_length = readers[0].tokenizer.model_max_length
-            readers[1] = replace(self._reader(STOCK, "_2", "chunk"), cut="packed", span_length=span_length)
-        return readers
-
-
-def _adapted_unet(finelip: str | Path | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The UNet beside a long encoder, for the arguments of a loader that gives none itself."""
-    if "unet" in kwargs or finelip is None or not (Path(finelip) / "unet").is_dir():
-        return {}
-    logger.info("the UNet in %s was adapted to the encoder beside it and replaces that of the base", finelip)
-    options = {name: kwargs[name] for name in ("dtype", "torch_dtype", "device_map") if name in kwargs}
-    unet = UNet2DConditionModel.from_pretrained(finelip, subfolder="unet", **options)
-    return {"unet": unet}
-
-
-def _texts(prompt: str | list[str] | None, size: int | None = None) -> list[str]:
-    """A list of prompts, of `size` of them where that is given."""
-    if prompt is None:
-        raise ValueError("neither prompt nor prompt_embeds is given: one of the two is needed.")
-    texts = [prompt] * (size or 1) if isinstance(prompt, str) else list(prompt)
-    if size is not None and len(texts) != size:
-        raise ValueError(f"{len(texts)} negative prompts for {size} prompts: give one, or one for each.")
-    return texts
-
-
-def _size(prompts: list[str] | None, prompt_embeds: Tensor | None) -> int:
-    """Prompts of a call, which come as one or the other."""
-    return len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
+        encoder = self._prompt_encoder(long_prompt, weighting, blend)
+        return encoder.encode_prompt(super().encode_prompt, args, kwargs)

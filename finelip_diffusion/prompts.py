@@ -1,17 +1,23 @@
-"""Prompts as text encoders read them: token counts, windows, and the text that is dropped."""
+"""Prompts as text encoders read them: settings, token counts, windows, and the text that is dropped."""
 
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sentencex import get_sentence_boundaries
 from transformers import PreTrainedTokenizerBase
 
 LongPrompt = Literal["stretch", "truncate", "chunk", "segment", "auto"]
 LONG_PROMPTS: tuple[str, ...] = get_args(LongPrompt)
+
+Weighting = Literal["plain", "a1111", "compel"]
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+
+SECOND_ENCODERS = ("stretch", "window")
+HIDDEN_STATES = ("penultimate", "last_norm")
 
 Cut = Literal["first", "windows", "packed", "sentences"]
 """Ways to cut a prompt: the first window alone, window after full window, windows of whole sentences, or a window for
@@ -25,13 +31,67 @@ Run = tuple[int, int, float]
 
 
 @dataclass(frozen=True)
+class PromptSettings:
+    """How prompts are read. Checked once, where it is made; a call with other settings makes another one.
+
+    Attributes:
+        long_prompt: What happens to a prompt that does not fit the stock window; docs/pipelines.md has the table.
+        weighting: The syntax in which words get their weights; `"plain"` is none.
+        blend: Share of the long encoder's states in what `"stretch"` reads, 0 to 1; the rest are the stock encoder's.
+        second_encoder: SDXL's second encoder beside a long first one: `"stretch"` reads with a long one, `"window"`
+            with the stock one, in windows that are joined.
+        hidden_state: SDXL's states: `"penultimate"`, or `"last_norm"`, the last layer after the final LayerNorm.
+        why: Why these are the default, in words; empty where somebody chose.
+
+    Raises:
+        ValueError: If a value is not one of its choices, or a blend is set for a strategy that cannot use it.
+    """
+
+    long_prompt: LongPrompt = "stretch"
+    weighting: Weighting = "plain"
+    blend: float = 1.0
+    second_encoder: str = "stretch"
+    hidden_state: str = "penultimate"
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "long_prompt": LONG_PROMPTS,
+            "weighting": WEIGHTINGS,
+            "second_encoder": SECOND_ENCODERS,
+            "hidden_state": HIDDEN_STATES,
+        }
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(known)}.")
+        if not 0 <= self.blend <= 1:
+            raise ValueError(f"blend={self.blend} is not a share: give 0 (the stock encoder) to 1 (the long one).")
+        if self.blend < 1 and self.long_prompt not in ("stretch", "auto"):
+            raise ValueError(
+                f"blend={self.blend} mixes into what the long encoder reads, but long_prompt={self.long_prompt!r} "
+                "reads with the stock encoder alone: set blend=1, or long_prompt='stretch'."
+            )
+
+    def but(self, **given: Any) -> "PromptSettings":
+        """These settings with other values; None leaves a value as it is.
+
+        Raises:
+            ValueError: As for new settings.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        if "long_prompt" in given:
+            given["why"] = ""
+        return replace(self, **given) if given else self
+
+
+@dataclass(frozen=True)
 class WeightedText:
     """A prompt whose words weigh differently, once its syntax has been read; see `weighting`.
 
     Attributes:
         text: What is read, without brackets and numbers.
         weights: Characters that weigh other than 1, run by run, in order.
-        parts: Where each part begins, at 0 first, and what it weighs; a part begins with a window of its own.
+        parts: Where each part begins, at 0 first, and what it weighs; a part begins a window of its own.
         unmatched: Brackets that are text, since they have no partner.
     """
 
@@ -117,11 +177,13 @@ class PromptReport:
         prompt: The prompt.
         long_prompt: The strategy, `"auto"` already decided.
         readings: One for each text encoder.
+        why: Why this strategy is the default, in words; empty where somebody chose it.
     """
 
     prompt: str
     long_prompt: str
     readings: tuple[Reading, ...]
+    why: str = ""
 
     @property
     def tokens(self) -> int:
@@ -140,6 +202,7 @@ class PromptReport:
 
     def __str__(self) -> str:
         head = f"{self.tokens} token{'s' * (self.tokens != 1)}, long_prompt={self.long_prompt!r}"
+        head += f" ({self.why})" if self.why else ""
         return "\n".join([head, *(f"  {reading}" for reading in self.readings)])
 
 
@@ -150,6 +213,7 @@ def read_prompt(
     *,
     encoder: str = "text_encoder",
     span_length: int | None = None,
+    window_length: int | None = None,
 ) -> Reading:
     """Cuts a prompt into the windows of one text encoder.
 
@@ -158,15 +222,16 @@ def read_prompt(
 
     Args:
         prompt: Any text, or one with weights, whose parts are cut one by one.
-        tokenizer: Its `model_max_length` is the window, start and end included; it has to know offsets (every
-            tokenizer of transformers 5 does).
+        tokenizer: It has to know offsets (every tokenizer of transformers 5 does).
         cut: `"first"` keeps the first window and drops the rest; `"windows"` fills window after window, wherever it
             cuts; `"packed"` ends a window with the last sentence that fits it, a sentence that is longer than a window
-            behind a comma or between words; `"sentences"` gives each sentence its own window, longer ones several,
+            after a comma or between words; `"sentences"` gives each sentence its own window, longer ones several,
             joined to one span.
         encoder: Name for the report.
         span_length: With `"windows"` and `"packed"`: joins windows to spans of this many states, so that they lie
             position by position beside those of another encoder with this window.
+        window_length: Tokens that the encoder reads at once, start and end included; None is the tokenizer's
+            `model_max_length`.
 
     Returns:
         The reading.
@@ -180,7 +245,8 @@ def read_prompt(
     text = weighted.text
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = tuple(encoding["input_ids"]), tuple((start, stop) for start, stop in encoding["offset_mapping"])
-    size = tokenizer.model_max_length - 2
+    window_length = window_length or tokenizer.model_max_length
+    size = window_length - 2
 
     def first_token(character: int) -> int:
         return bisect_left(offsets, (character, 0))
@@ -212,7 +278,7 @@ def read_prompt(
     return Reading(
         encoder,
         len(ids),
-        tokenizer.model_max_length,
+        window_length,
         tuple(spans),
         dropped,
         span_length,

@@ -12,8 +12,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from .components import check_lengths, check_widths, long_encoder
 from .denoising import denoising_target, min_snr_weights, squared_error
+from .lengthening import check_lengths, check_widths, long_encoder
 from .pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
 from .text_encoder import TextEncoder
 

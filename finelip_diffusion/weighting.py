@@ -1,25 +1,15 @@
-"""Words that weigh more or less: the syntax of A1111 and of compel, and compel's arithmetic for it.
+"""Words that weigh more or less: the syntax of A1111 and of compel. `encoding` has what weights do to states.
 
-The syntax of A1111 is translated into what compel's parser makes of its own, fragments with weights, and compel weighs
-the token states of both: see `weigh`.
+The syntax of A1111 is translated into what compel's parser makes of its own: fragments with weights.
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
-from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor
-from transformers import CLIPTokenizer
+from .prompts import WEIGHTINGS, Run, WeightedText, Weighting
 
-from .prompts import Run, WeightedText, Window
-from .text_encoder import TextEncoder, final_layer_norm
-
-Weighting = Literal["plain", "a1111", "compel"]
-WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+__all__ = ["WEIGHTINGS", "Mixture", "Weighting", "compel_is_missing", "parse_weights"]
 
 BRACKET_FACTOR = 1.1
 """What a round bracket of A1111 multiplies the weight by, and a square one divides it by."""
@@ -38,7 +28,7 @@ def parse_weights(prompt: str, weighting: Weighting = "plain") -> Mixture:
     Args:
         prompt: Any text.
         weighting: `"plain"`, every letter is text; `"a1111"`, `(word:1.3)`, `((word))`, `[word]`, `\\(` for a bracket
-            that is text, and `BREAK`, behind which a new window begins; `"compel"`, `(some words)1.3`, `word++`,
+            that is text, and `BREAK`, after which a new window begins; `"compel"`, `(some words)1.3`, `word++`,
             `("one", "two").and()` and `.blend(0.7, 0.3)`.
 
     Returns:
@@ -107,7 +97,7 @@ def _parse_compel(prompt: str) -> Mixture:
         from compel import Compel
         from compel.prompt_parser import Blend, Conjunction, FlattenedPrompt
     except ImportError as error:
-        raise _compel_is_missing() from error
+        raise compel_is_missing() from error
     conjunction: Conjunction = Compel.parse_prompt_string(prompt)
     if conjunction.lora_weights:
         raise ValueError("withLora() in a prompt loads nothing here: load it with load_lora_weights() first.")
@@ -165,105 +155,6 @@ class _Builder:
         return WeightedText(self.text, tuple(self.weights), tuple(self.parts), unmatched)
 
 
-def _compel_is_missing() -> ValueError:
+def compel_is_missing() -> ValueError:
+    """What to say where compel is needed."""
     return ValueError("prompts with weights need compel, which is not installed: pip install compel.")
-
-
-# -------------------------------------------------------------------------------------------------------------- states
-
-
-def encode_layer(
-    text_encoder: TextEncoder, input_ids: Tensor, layer: int, norm: bool, attention_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Runs a text encoder for the states of one layer.
-
-    Args:
-        text_encoder: A CLIP text encoder.
-        input_ids: (B, T).
-        layer: Index into the hidden states, -1 for the last layer.
-        norm: Whether the final LayerNorm follows.
-        attention_mask: (B, T), 1 for what may be attended to, or None.
-
-    Returns:
-        (B, T, D) states, and (B, E) pooled output, or None where the encoder has no projection.
-
-    Raises:
-        ValueError: If the encoder has no such layer.
-    """
-    if layer == -1 and norm:  # the encoder's own output: no need to keep the states of every layer
-        output = text_encoder(input_ids, attention_mask)
-        return output.last_hidden_state, getattr(output, "text_embeds", None)
-    output = text_encoder(input_ids, attention_mask, output_hidden_states=True)
-    if not -len(output.hidden_states) <= layer <= -1:
-        layers = len(output.hidden_states) - 1
-        raise ValueError(f"clip_skip asks for layer {layers + 1 + layer} of a text encoder that has {layers} layers.")
-    states = output.hidden_states[layer]
-    return final_layer_norm(text_encoder)(states) if norm else states, getattr(output, "text_embeds", None)
-
-
-@dataclass
-class _Layer:
-    """A text encoder as compel takes it, whose last layer is the one that the UNet reads."""
-
-    text_encoder: TextEncoder
-    layer: int
-    norm: bool
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.text_encoder, name)
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        states, _ = encode_layer(self.text_encoder, input_ids, self.layer, self.norm, attention_mask)
-        return type("Output", (), {"last_hidden_state": states})
-
-
-def weigh(
-    windows: list[tuple[Window, list[Run]]],
-    text_encoder: TextEncoder,
-    tokenizer: CLIPTokenizer,
-    *,
-    device: torch.device | str = "cpu",
-    layer: int = -1,
-    norm: bool = True,
-) -> Iterator[Tensor]:
-    """Encodes windows whose tokens weigh differently, as compel does.
-
-    A token of weight w gets the state e + w (z - e), where z is its state and e that of the empty prompt. What weighs
-    less than 1 is also taken back: the states of a pass without it (masked out of the attention) are mixed in with
-    tan((1 - w) pi / 2), against 1 for those of the whole.
-
-    Args:
-        windows: Content tokens of each window, and the runs of them that weigh other than 1.
-        text_encoder: Reads `tokenizer.model_max_length` tokens at once.
-        tokenizer: Names the start, end and padding tokens.
-        device: Where the encoder is.
-        layer: Index into the hidden states, -1 for the last layer.
-        norm: Whether the final LayerNorm follows.
-
-    Yields:
-        (T, D) states of one window after the other.
-
-    Raises:
-        ValueError: If compel is not installed.
-    """
-    try:
-        from compel.embeddings_provider import EmbeddingsProvider
-    except ImportError as error:
-        raise _compel_is_missing() from error
-
-    class Provider(EmbeddingsProvider):
-        """Reads fragments that are token ids already, so that windows and counts are those of the prompt's report."""
-
-        def get_token_ids(self, texts: Any, *args: Any, **kwargs: Any) -> list[list[int]]:
-            return [list(ids) for ids in texts]
-
-    provider = Provider(tokenizer, _Layer(text_encoder, layer, norm), device=device)
-    for window, runs in windows:
-        bounds = sorted({0, len(window), *(bound for run in runs for bound in run[:2])})
-        pairs = [(first, last) for first, last in pairwise(bounds) if first < last]
-        weight_of = {run[0]: run[2] for run in runs}
-        yield provider.get_embeddings_for_weighted_prompt_fragments(
-            [[window[first:last] for first, last in pairs]],
-            [[weight_of.get(first, 1.0) for first, _ in pairs]],
-            device=device,
-        )[0]

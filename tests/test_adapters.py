@@ -42,7 +42,10 @@ def embed(pipe, prompt, negative_prompt=None, **kwargs):
 def own(pipe):
     """The same pipeline over models that may be changed; tokenizers take longest to copy, and are shared."""
     parts = {n: copy.deepcopy(part) if isinstance(part, nn.Module) else part for n, part in pipe.components.items()}
-    return built(type(pipe), parts)
+    mine = built(type(pipe), parts)
+    if hasattr(pipe, "prompt_settings"):
+        mine.prompt_settings = pipe.prompt_settings
+    return mine
 
 
 def with_own_tokenizers(pipe):
@@ -59,12 +62,13 @@ def built(kind, parts):
 
 @pytest.fixture(scope="module")
 def _pipe(_stock):
-    return built(FineLIPStableDiffusionPipeline, _stock.components)
+    return built(FineLIPStableDiffusionPipeline, {**_stock.components, "long_prompt": "stretch"})
 
 
 @pytest.fixture(scope="module")
 def _pipe_xl(_stock_xl):
-    return built(FineLIPStableDiffusionXLPipeline, _stock_xl.components)
+    stretched = {"long_prompt": "stretch", "second_encoder": "stretch"}
+    return built(FineLIPStableDiffusionXLPipeline, {**_stock_xl.components, **stretched})
 
 
 @pytest.fixture
@@ -363,7 +367,7 @@ def test_a_lora_that_is_there_already_is_kept_or_the_swap_refused(stock, finelip
     with pytest.raises(ValueError, match=r"has a LoRA \(style\).*unload_lora_weights\(\) first"):
         attach(stock, finelip_folder)
     assert stock.tokenizer.model_max_length == 77
-    long = attach(copy.copy(stock))  # a stretched copy of the encoder with its LoRA
+    long = attach(copy.copy(stock), long_prompt="stretch")  # a stretched copy of the encoder with its LoRA
     # windows of 248 and of 77 tokens
     torch.testing.assert_close(embed(long, "a cat")[0][:, :21], expected[:, :21], rtol=0, atol=5e-5)
 
@@ -551,7 +555,7 @@ def test_a_dreambooth_model_is_a_base_like_any_other(stock, pipe, tmp_path):
     for parameter in stock.text_encoder.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     stock.save_pretrained(tmp_path)
-    tuned = FineLIPStableDiffusionPipeline.from_pretrained(tmp_path)
+    tuned = FineLIPStableDiffusionPipeline.from_pretrained(tmp_path, long_prompt="stretch")
     tuned.set_progress_bar_config(disable=True)
     prompt = "a photo of sks dog"
     assert tuned.tokenizer(prompt).input_ids == tuned.stock_tokenizer(prompt).input_ids

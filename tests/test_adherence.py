@@ -259,9 +259,11 @@ def test_a_change_in_one_cell_is_found_there():
 def make_long(stock: Any) -> Any:
     """Our pipeline, with the stock encoder and its stretched copy."""
     if isinstance(stock, StableDiffusionXLPipeline):
-        pipe: Any = FineLIPStableDiffusionXLPipeline(**stock.components, add_watermarker=False)
+        pipe: Any = FineLIPStableDiffusionXLPipeline(
+            **stock.components, add_watermarker=False, long_prompt="stretch", second_encoder="stretch"
+        )
     else:
-        pipe = FineLIPStableDiffusionPipeline(**stock.components, requires_safety_checker=False)
+        pipe = FineLIPStableDiffusionPipeline(**stock.components, requires_safety_checker=False, long_prompt="stretch")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -124,7 +124,19 @@ def test_weights_and_a_blend(generate, tmp_path):
         settings = json.loads(image.text["settings"])
     assert (settings["weighting"], settings["blend"]) == ("a1111", 0.5)
     status, _, error = generate("--blend", "2", out=tmp_path / "none")
-    assert (status, error.splitlines()[-1].split(": ", 2)[2][:23]) == (1, "blend=2.0 is no share: ")
+    assert (status, error.splitlines()[-1].split(": ", 2)[2][:24]) == (1, "blend=2.0 is not a share")
+
+
+def test_a_picture_says_what_it_was_drawn_with(generate, stable_diffusion_folder, tmp_path):
+    """Not what was asked for: a blend without an encoder to blend is refused, a default is written out."""
+    status, _, error = generate("--blend", "0.5", "--long-prompt", "chunk")
+    assert (status, error.count("\n")) == (1, 1)
+    assert "blend=0.5 mixes into what the long encoder reads, but long_prompt='chunk'" in error
+    assert not list((tmp_path / "out").glob("*.png"))
+    args = ["--model", stable_diffusion_folder, "--steps", "1", "--prompt", "a cat", "--out", tmp_path / "plain"]
+    assert cli.main(["generate", *map(str, args)]) == 0
+    with Image.open(tmp_path / "plain" / "image-0.png") as image:
+        assert json.loads(image.text["settings"])["long_prompt"] == "chunk"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +249,7 @@ def test_describe(stable_diffusion_folder, finelip_folder, prompt_file, capsys):
     args = ["describe", "--prompt-file", prompt_file, "--model", stable_diffusion_folder, "--finelip", finelip_folder]
     assert cli.main(list(map(str, args))) == 0
     report, reading = capsys.readouterr().out.splitlines()
-    assert report.endswith(" tokens, long_prompt='stretch'")
+    assert report.endswith(" tokens, long_prompt='stretch' (the default with a trained long encoder)")
     assert reading.startswith("  text_encoder: 1 window of 248 positions")
     assert reading.endswith("nothing dropped")
 

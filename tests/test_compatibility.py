@@ -125,8 +125,16 @@ KINDS = {
 def bases(_stock, _stock_xl):
     """diffusers' own pipeline and this package's, over the same parts."""
     return {
-        "sd": (_stock, FineLIPStableDiffusionPipeline(**_stock.components, requires_safety_checker=False)),
-        "xl": (_stock_xl, FineLIPStableDiffusionXLPipeline(**_stock_xl.components, add_watermarker=False)),
+        "sd": (
+            _stock,
+            FineLIPStableDiffusionPipeline(**_stock.components, requires_safety_checker=False, long_prompt="stretch"),
+        ),
+        "xl": (
+            _stock_xl,
+            FineLIPStableDiffusionXLPipeline(
+                **_stock_xl.components, add_watermarker=False, long_prompt="stretch", second_encoder="stretch"
+            ),
+        ),
     }
 
 
@@ -144,7 +152,7 @@ def test_long_prompts(bases, name, endings, text_of):
     before = stock.components
     encoders = torch.nn.ModuleList([part for key, part in before.items() if key.startswith("text_encoder")])
     weights = {key: tensor.clone() for key, tensor in encoders.state_dict().items()}
-    assert attach(attached) is attached  # its own encoders, stretched
+    assert attach(attached, long_prompt="stretch", second_encoder="stretch") is attached  # its own encoders, stretched
     piped = quiet(kind.pipeline.from_pipe(ours, **extra))
 
     places = [place for place in ("tokenizer", "tokenizer_2") if place in stock.components]
@@ -260,10 +268,11 @@ def test_ip_adapter(bases, ip_adapter, family, stock_class, our_class, endings, 
     ids=["lcm", "turbo"],
 )
 def test_few_steps(bases, family, scheduler, call, endings):
+    second = {"second_encoder": "stretch"} if family == "xl" else {}
     base, ours = bases[family]
     stock, attached = (quiet(type(base).from_pipe(base, scheduler=scheduler)) for _ in range(2))
-    attach(attached)
-    ours = quiet(type(ours).from_pipe(ours, scheduler=scheduler))
+    attach(attached, long_prompt="stretch", **second)
+    ours = quiet(type(ours).from_pipe(ours, scheduler=scheduler, long_prompt="stretch", **second))
     first, second = (pixels(ours, prompt, **call) for prompt in endings)
     assert not torch.equal(first, second)
     assert torch.equal(first, pixels(attached, endings[0], **call))
@@ -298,7 +307,7 @@ def refiner():
 
 def test_refiner(bases, endings):
     _, ours = bases["xl"]
-    stock, attached = refiner(), attach(refiner())
+    stock, attached = refiner(), attach(refiner(), long_prompt="stretch")
     assert attached.tokenizer is attached.text_encoder is None
     assert attached.tokenizer_2.model_max_length == 248
     latents = quiet(ours)(

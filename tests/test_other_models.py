@@ -70,8 +70,9 @@ def stable_diffusion_2():
 
 def test_stable_diffusion_2(stable_diffusion_2, endings, text_of):
     stock = stable_diffusion_2
-    ours = FineLIPStableDiffusionPipeline(**stock.components, requires_safety_checker=False)
-    attached = attach(StableDiffusionPipeline(**stock.components, requires_safety_checker=False))
+    ours = FineLIPStableDiffusionPipeline(**stock.components, requires_safety_checker=False, long_prompt="stretch")
+    plain = StableDiffusionPipeline(**stock.components, requires_safety_checker=False)
+    attached = attach(plain, long_prompt="stretch")
     for pipe in (ours, attached):
         pipe.set_progress_bar_config(disable=True)
         assert pipe.text_encoder.config.hidden_act == "gelu"
@@ -169,7 +170,8 @@ SMALL = {"height": 16, "width": 16, "max_sequence_length": 32}
 def test_stable_diffusion_3(stable_diffusion_3, endings, text_of, t5):
     """T5 is cut behind 32 tokens here, so that what changes behind token 77 comes through CLIP."""
     parts = stable_diffusion_3.components if t5 else {**stable_diffusion_3.components, "text_encoder_3": None}
-    stock, attached = StableDiffusion3Pipeline(**parts), attach(StableDiffusion3Pipeline(**parts))
+    stock = StableDiffusion3Pipeline(**parts)
+    attached = attach(StableDiffusion3Pipeline(**parts), long_prompt="stretch")
     for pipe in (stock, attached):
         pipe.set_progress_bar_config(disable=True)
     assert torch.equal(pixels(stock, endings[0], **SMALL), pixels(stock, endings[1], **SMALL))
@@ -196,7 +198,7 @@ def test_stable_diffusion_3(stable_diffusion_3, endings, text_of, t5):
 
 def test_flux(flux, endings, text_of):
     """CLIP gives Flux the pooled vector alone; the states are T5's and stay to the bit."""
-    stock, attached = FluxPipeline(**flux.components), attach(FluxPipeline(**flux.components))
+    stock, attached = FluxPipeline(**flux.components), attach(FluxPipeline(**flux.components), long_prompt="stretch")
     for pipe in (stock, attached):
         pipe.set_progress_bar_config(disable=True)
     assert torch.equal(pixels(stock, endings[0], **SMALL), pixels(stock, endings[1], **SMALL))
@@ -215,9 +217,9 @@ def test_flux(flux, endings, text_of):
 )
 def test_other_pipelines_of_sd3_and_flux(request, model, other, endings):
     stock = request.getfixturevalue(model)
-    attached = attach(type(stock)(**stock.components))
+    attached = attach(type(stock)(**stock.components), long_prompt="stretch")
     call = {"image": Image.new("RGB", (16, 16), "gray"), "strength": 1.0, **SMALL}
-    direct, piped = attach(other(**stock.components)), other.from_pipe(attached)
+    direct, piped = attach(other(**stock.components), long_prompt="stretch"), other.from_pipe(attached)
     for pipe in (direct, piped):
         pipe.set_progress_bar_config(disable=True)
         assert (pipe.tokenizer_max_length, pipe.tokenizer.model_max_length) == (248, 248)
@@ -294,4 +296,4 @@ def test_offloading_comes_after(stock):
     pipe = StableDiffusionImg2ImgPipeline(**copy.deepcopy(stock.components), requires_safety_checker=False)
     pipe.enable_model_cpu_offload(device="cpu")
     with pytest.raises(ValueError, match="attach first"):
-        attach(pipe)
+        attach(pipe, long_prompt="stretch")

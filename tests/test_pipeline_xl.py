@@ -21,7 +21,9 @@ DEVICE = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def _pipe(_stock_xl, encoder_folder):
-    pipe = FineLIPStableDiffusionXLPipeline(**_stock_xl.components, finelip=encoder_folder, add_watermarker=False)
+    pipe = FineLIPStableDiffusionXLPipeline(
+        **_stock_xl.components, finelip=encoder_folder, second_encoder="stretch", add_watermarker=False
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -152,7 +154,8 @@ def test_a_stock_base_is_stretched_in_both_places(pipe, stock_xl):
 def test_a_saved_pipeline_gives_the_same_pixels_in_plain_diffusers(pipe, text_of, tmp_path):
     pipe.save_pretrained(tmp_path)
     plain = DiffusionPipeline.from_pretrained(tmp_path, add_watermarker=False)
-    again = FineLIPStableDiffusionXLPipeline.from_pretrained(tmp_path, add_watermarker=False)
+    stretched = {"long_prompt": "stretch", "second_encoder": "stretch"}
+    again = FineLIPStableDiffusionXLPipeline.from_pretrained(tmp_path, add_watermarker=False, **stretched)
     assert type(plain) is StableDiffusionXLPipeline
     for each in (plain, again):
         each.set_progress_bar_config(disable=True)

@@ -32,7 +32,9 @@ def pipe(_pipe):
 
 @pytest.fixture(scope="module")
 def _pipe_xl(_stock_xl, encoder_folder):
-    pipe = FineLIPStableDiffusionXLPipeline(**_stock_xl.components, finelip=encoder_folder, add_watermarker=False)
+    pipe = FineLIPStableDiffusionXLPipeline(
+        **_stock_xl.components, finelip=encoder_folder, second_encoder="stretch", add_watermarker=False
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -159,7 +161,7 @@ def test_both_places_of_sdxl_are_blended(pipe_xl, stock_xl, text_of):
 
 
 def test_blends_that_cannot_be_are_refused(pipe, finelip_folder, _stock):
-    with pytest.raises(ValueError, match="blend=1.5 is no share"):
+    with pytest.raises(ValueError, match="blend=1.5 is not a share"):
         pipe("a cat", blend=1.5)
     with pytest.raises(ValueError, match="blend=0.5 .* long_prompt='chunk' reads with the stock encoder alone"):
         pipe("a cat", blend=0.5, long_prompt="chunk")
@@ -173,7 +175,11 @@ def test_the_blend_of_a_pipeline(stable_diffusion_folder, finelip_folder):
     pipe = FineLIPStableDiffusionPipeline.from_pretrained(stable_diffusion_folder, finelip_folder, blend=0.5)
     assert pipe.blend == 0.5
     assert not torch.equal(embed(pipe, "a cat"), embed(pipe, "a cat", blend=0.6))
-    assert torch.equal(embed(pipe, "a cat", long_prompt="chunk"), embed(pipe, "a cat", blend=0))
+    with pytest.raises(ValueError, match="blend=0.5 .* long_prompt='chunk' reads with the stock encoder alone"):
+        embed(pipe, "a cat", long_prompt="chunk")  # as in a call
+    with pytest.raises(ValueError, match="blend=0.5 .* long_prompt='chunk' reads with the stock encoder alone"):
+        pipe.long_prompt = "chunk"
+    assert torch.equal(embed(pipe, "a cat", long_prompt="chunk", blend=1), embed(pipe, "a cat", blend=0))
 
 
 def test_what_another_thread_describes_changes_no_drawing(pipe, text_of):
@@ -182,13 +188,12 @@ def test_what_another_thread_describes_changes_no_drawing(pipe, text_of):
 
     def describe(pipe, step, timestep, tensors):
         with ThreadPoolExecutor() as threads:
-            seen.append(threads.submit(lambda: pipe.long_prompt).result())
-            threads.submit(pipe.describe_prompt, prompt, "truncate").result()
+            seen.append(threads.submit(pipe.describe_prompt, prompt, "truncate").result().long_prompt)
         seen.append(pipe.long_prompt)
         return tensors
 
     inside = pixels(pipe, prompt, long_prompt="chunk", callback_on_step_end=describe)
-    assert seen == ["stretch", "chunk"] * 2
+    assert seen == ["truncate", "stretch"] * 2  # the pipeline's own setting, which no call touches
     assert torch.equal(inside, pixels(pipe, prompt, long_prompt="chunk"))
     assert pipe.long_prompt == "stretch"
 

@@ -108,7 +108,7 @@ def test_sequential_offload(pipe, check):
 
 
 def test_textual_inversion_on_an_offloaded_pipeline(_stock):
-    pipe = built(FineLIPStableDiffusionPipeline, copy.deepcopy(_stock.components))
+    pipe = built(FineLIPStableDiffusionPipeline, {**copy.deepcopy(_stock.components), "long_prompt": "stretch"})
     pipe.enable_model_cpu_offload(device="cpu")
     embedding = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
     pipe.load_textual_inversion({"<toy>": embedding})

@@ -29,7 +29,9 @@ def pipe(_pipe):
 
 @pytest.fixture(scope="module")
 def pipe_xl(_stock_xl, encoder_folder):
-    return FineLIPStableDiffusionXLPipeline(**_stock_xl.components, finelip=encoder_folder, add_watermarker=False)
+    return FineLIPStableDiffusionXLPipeline(
+        **_stock_xl.components, finelip=encoder_folder, second_encoder="stretch", add_watermarker=False
+    )
 
 
 def embed(pipe, prompt, **kwargs):

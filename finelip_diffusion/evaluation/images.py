@@ -142,9 +142,9 @@ def load_pipeline(condition: Condition, settings: Settings, device: torch.device
     model, dtype = located(settings.model), getattr(torch, settings.dtype)
     precision = name_dtype({"dtype": dtype})
     unet = UNet2DConditionModel.from_pretrained(condition.unet_source or model, subfolder="unet", **precision)
-    parts = {"finelip": condition.encoder_source, "unet": unet, **precision}
+    parts = {"finelip": condition.encoder_source, "unet": unet, "long_prompt": "stretch", **precision}
     if "XL" in DiffusionPipeline.load_config(model)["_class_name"]:
-        pipe = FineLIPStableDiffusionXLPipeline.from_pretrained(model, **parts)
+        pipe = FineLIPStableDiffusionXLPipeline.from_pretrained(model, second_encoder="stretch", **parts)
     else:
         pipe = FineLIPStableDiffusionPipeline.from_pretrained(model, safety_checker=None, **parts)
     pipe.set_progress_bar_config(disable=True)
