@@ -16,14 +16,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline
 from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.scenes import find_facts, findings, read
 
+PROMPT = Path(__file__).with_name("long_prompt.txt")  # unseen_prompt.txt: in a wording that nobody trained on
 PANEL = 480  # pixels, the side of a drawn image on the picture
 MARGIN = 24
 FONT, SMALL = ImageFont.load_default(20), ImageFont.load_default(16)
 
 
-def compare(prompt: str, seed: int, steps: int) -> tuple[Image.Image, Image.Image, int]:
-    """Both images, and how many characters of the prompt the stock encoder reads."""
+def right(prompt: str, image: Image.Image, tokenizer) -> str:
+    """How many of the objects that a prompt states an image shows, such as "4 of 8"; empty where it states none."""
+    found = findings(find_facts(prompt), read(image), tokenizer)
+    return f"{sum(each.found for each in found)} of {len(found)}" if found else ""
+
+
+def compare(prompt: str, seed: int, steps: int) -> tuple[Image.Image, Image.Image, int, tuple[str, str]]:
+    """Both images, how many characters of the prompt the stock encoder reads, and what each image got right."""
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # of loading; drawing keeps its own
     stock = diffusers.StableDiffusionPipeline.from_pretrained(BUNDLED_MODEL)
@@ -35,19 +43,30 @@ def compare(prompt: str, seed: int, steps: int) -> tuple[Image.Image, Image.Imag
         logging.getLogger(library).setLevel(logging.ERROR)
     cut = stock(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]
     whole = pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]
-    return cut, whole, len(prompt) - len(pipe.describe_prompt(prompt, long_prompt="truncate").dropped)
+    scores = right(prompt, cut, pipe.tokenizer), right(prompt, whole, pipe.tokenizer)
+    if all(scores):
+        print(f"Objects drawn as the prompt asks: {' | '.join(scores)}")
+    return cut, whole, len(prompt) - len(pipe.describe_prompt(prompt, long_prompt="truncate").dropped), scores
 
 
-def picture(prompt: str, cut: Image.Image, whole: Image.Image, read: int) -> Image.Image:
-    """Both images under their labels, and the prompt with what the stock encoder drops in red."""
+def picture(
+    prompt: str, cut: Image.Image, whole: Image.Image, seen_by_stock: int, scores: tuple[str, str]
+) -> Image.Image:
+    """Both images under their labels and scores, and the prompt with what the stock encoder drops in red."""
     lines, position = [], 0
     for line in textwrap.wrap(prompt, 120, drop_whitespace=False):
-        lines.append((line.lstrip(), max(0, min(len(line), read - position) - len(line) + len(line.lstrip()))))
+        lines.append(
+            (line.lstrip(), max(0, min(len(line), seen_by_stock - position) - len(line) + len(line.lstrip())))
+        )
         position += len(line)
     width = 2 * PANEL + 3 * MARGIN
     canvas = Image.new("RGB", (width, PANEL + 6 * MARGIN + 24 * (len(lines) + 1)), "white")
     draw = ImageDraw.Draw(canvas)
-    panels = (("77 tokens (Stable Diffusion)", cut), ("248 tokens (the long encoder)", whole))
+    labels = ("77 tokens (Stable Diffusion)", "248 tokens (the long encoder)")
+    panels = [
+        (f"{label}: {score}" if score else label, image)
+        for label, score, image in zip(labels, scores, (cut, whole), strict=True)
+    ]
     for column, (label, image) in enumerate(panels):
         left = MARGIN + column * (PANEL + MARGIN)
         draw.text((left, MARGIN), label, "black", FONT)
@@ -63,7 +82,7 @@ def picture(prompt: str, cut: Image.Image, whole: Image.Image, read: int) -> Ima
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt-file", type=Path, default=Path(__file__).with_name("long_prompt.txt"))
+    parser.add_argument("--prompt-file", type=Path, default=PROMPT)
     parser.add_argument("--out", type=Path, default=Path("demo.png"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)

@@ -1,5 +1,6 @@
 """`make demo`'s script, run as a user runs it."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def test_the_demo_prints_both_reports_and_writes_one_picture(tmp_path: Path) -> 
     assert "152 tokens, long_prompt='truncate'" in done.stdout
     assert "77 of 152 tokens dropped" in done.stdout
     assert "nothing dropped" in done.stdout
+    assert re.search(r"Objects drawn as the prompt asks: \d of 8 \| \d of 8\n", done.stdout)
     assert Image.open(tmp_path / "demo.png").width > 900
 
 

@@ -45,6 +45,7 @@ LINES = {
         "scenes.families",
         "scenes.noise",
         "scenes.wordings",
+        "scenes.changes",
         "scenes.atoms",
         "scenes.parsing",
         "scenes",

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from finelip_diffusion.data.datasets import ScenesDataset, open_dataset
-from finelip_diffusion.scenes import FAMILIES, Caption, Object, Scene, describe, noise, render, sample_scene
+from finelip_diffusion.scenes import CHANGES, FAMILIES, Caption, Object, Scene, describe, noise, render, sample_scene
 from finelip_diffusion.scenes.words import SYNONYMS, UNSEEN_PLACES, UNSEEN_SYNONYMS
 
 NAMES = [(split, name) for split, names in FAMILIES.items() for name in names]
-CHANGES = [noise.lower, noise.upper, noise.unpunctuated, noise.british, noise.american]
+WHOLE = [noise.lower, noise.upper, noise.unpunctuated, noise.british, noise.american]
 
 
 def words_of(caption: Caption) -> list[str]:
@@ -94,7 +94,7 @@ def test_captions_take_20_to_240_tokens(tokenizer) -> None:
 # --------------------------------------------------------------------------------------------------------------- noise
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", WHOLE)
 def test_changes_of_the_whole_text_keep_each_facts_words(change) -> None:
     for seed in range(60):
         caption = describe(sample_scene(seed), seed, wording="any")
@@ -162,3 +162,18 @@ def test_plain_scenes_are_told_in_sentences_and_a_family_by_its_name() -> None:
     assert unseen[0, 5].caption == describe(scene, 5, wording="story", split="unseen")
     with pytest.raises(ValueError, match="'poem' is not one of the split 'train'"):
         open_dataset("scenes:poem")
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_keeps_the_objects_and_knows_their_words(name: str) -> None:
+    differ = 0
+    for seed in range(20):
+        scene = sample_scene(seed, "test")
+        plain, caption = CHANGES["as it is"](scene, seed), CHANGES[name](scene, seed)
+        assert plain == describe(scene, seed)
+        assert sorted(fact.object for fact in caption.facts) == list(scene.objects)
+        differ += caption != plain
+        if name in ("order", "fillers", "list"):
+            words = {fact.object: text for fact, text in zip(plain.facts, words_of(plain), strict=True)}
+            assert [words[fact.object] for fact in caption.facts] == words_of(caption)
+    assert differ == 0 if name == "as it is" else differ >= 10

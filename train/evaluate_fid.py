@@ -65,7 +65,7 @@ from finelip_diffusion.evaluation.images import (
 from finelip_diffusion.evaluation.report import write_report
 from finelip_diffusion.files import writing
 from finelip_diffusion.metrics import state_drift
-from finelip_diffusion.scenes import STOCK_CONTENT_TOKENS, describe, render, sample_scene, stock_border
+from finelip_diffusion.scenes import STOCK_CONTENT_TOKENS, describe, render, sample_scene, stock_border, telling
 
 FEW, MANY = (1, 3), (4, 9)  # objects in a short and in a long prompt of scenes
 THUMBNAIL = 512  # pixels, the longer side of a reference image on the page
@@ -90,7 +90,10 @@ class Arguments(Settings):
         default_factory=lambda: ["base"],
         metadata={"help": "base, adapted (the model's own finelip/unet), or [NAME=]FOLDER that holds unet/."},
     )
-    data: str = field(default="scenes", metadata={"help": "Prompts and reference images: scenes, or any dataset."})
+    data: str = field(
+        default="scenes",
+        metadata={"help": "Prompts and reference images: scenes[:WORDING], or any dataset."},
+    )
     split: str = field(default="test", metadata={"help": "Of data that has splits."})
     image_root: Path | None = field(default=None, metadata={"help": "Where a list's images are, if not beside it."})
     image_column: str | None = field(default=None, metadata={"help": "Of a list, if it is not the usual one."})
@@ -122,8 +125,16 @@ class Arguments(Settings):
                 raise ValueError(f"--{name} is {getattr(self, name)}, but must be at least {bound}.")
         if BASELINE not in self.encoders:
             raise ValueError(f"--encoders lack {BASELINE}, with which all the others are compared: add it.")
+        if self.wording not in ("", "sentences") and self.num_changed:
+            raise ValueError(f"--data {self.data} has no near-duplicates told alike: set --num_changed 0.")
         if self.noise == "in_order" and self.num_changed:
             raise ValueError("--noise in_order has no second image from the same noise: set --num_changed 0.")
+
+    @property
+    def wording(self) -> str:
+        """How scenes are told; empty for other data."""
+        world, _, wording = self.data.partition(":")
+        return (wording or "sentences") if world == "scenes" else ""
 
 
 def read_arguments(argv: Sequence[str]) -> Arguments:
@@ -155,7 +166,7 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
 
 def references(args: Arguments, log: SkipLog) -> Iterator[tuple[str, str, Image.Image]]:
     """Caption, name and image of each example that can be used, in the order of the data; one caption an image."""
-    if args.data == "scenes":
+    if args.wording:
         for index in range(args.num_prompts):
             prompt = scene_prompt("long", index, args)
             assert prompt.scene is not None
@@ -188,7 +199,7 @@ def scene_prompt(kind: str, index: int, args: Arguments) -> Prompt:
     """A prompt of scenes."""
     seed = args.seed + index
     scene = sample_scene(seed, args.split, MANY if kind == "long" else FEW)
-    return Prompt(kind, index, describe(scene, seed), f"scenes:{args.split}:{seed}", scene)
+    return Prompt(kind, index, describe(scene, seed, **telling(args.wording)), f"scenes:{args.split}:{seed}", scene)
 
 
 def read_references(args: Arguments, eyes: dict[str, Eye]) -> list[Prompt]:
@@ -221,14 +232,14 @@ def read_references(args: Arguments, eyes: dict[str, Eye]) -> list[Prompt]:
         for name, cache in caches.items():
             save_rows(np.concatenate(rows[name]), cache)
         write_json(saved, file)
-    if args.data == "scenes":
+    if args.wording:
         return [scene_prompt("long", index, args) for index in range(len(saved["prompts"]))]
     return [Prompt("long", index, text, name) for index, (text, name) in enumerate(saved["prompts"])]
 
 
 def further_prompts(long: Sequence[Prompt], args: Arguments, tokenizer: Any) -> dict[str, list[Prompt]]:
     """Short prompts of the same world, or the first sentences of the long ones; and long ones with a change."""
-    if args.data == "scenes":
+    if args.wording:
         few = (scene_prompt("short", index, args) for index in range(args.num_short))
         short = [prompt for prompt in few if stock_border(prompt.text, tokenizer) is None]
     else:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from ..scenes import FAMILIES, Scene, describe, render, sample_scene, vary
+from ..scenes import Scene, describe, render, sample_scene, telling, vary
 from .sources import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -238,12 +238,7 @@ class ScenesDataset(CaptionDataset):
         wording: str = "sentences",
     ) -> None:
         self.split, self.num_scenes, self.seed, self.group_size = split, num_scenes, seed, group_size
-        several = {"all": "train", "unseen": "unseen"}
-        self._telling: dict[str, Any] = {"wording": wording}
-        if wording in several:
-            self._telling = {"wording": "any", "split": several[wording], "noise": True}
-        elif wording in FAMILIES["unseen"]:
-            self._telling["split"] = "unseen"
+        self._telling = telling(wording)
         describe(self._base(0)[1], **self._telling)  # refuses an unknown split or wording
 
     def __len__(self) -> int:

@@ -1,9 +1,11 @@
 """The bundled world: scenes of colored shapes on a 3x3 grid, their captions, and a reader of images.
 
 `world` has scenes, their pictures and the reader, `words` what things are called, `facts` what a caption states and
-what an image shows of it, `wordings` captions in the ways of `families`, with `noise`, `parsing` what any text states.
+what an image shows of it, `wordings` captions in the ways of `families`, with `noise`, `changes` one at a time,
+`parsing` what any text states.
 """
 
+from .changes import CHANGES
 from .facts import (
     STOCK_CONTENT_TOKENS,
     Caption,
@@ -16,7 +18,7 @@ from .facts import (
     stock_border,
 )
 from .parsing import find_facts
-from .wordings import FAMILIES, describe
+from .wordings import FAMILIES, describe, telling
 from .words import PLACES, SIZE_WORDS
 from .world import (
     ATTRIBUTES,
@@ -39,6 +41,7 @@ __all__ = [
     "ATTRIBUTES",
     "BACKGROUNDS",
     "CELL_SIZE",
+    "CHANGES",
     "COLOURS",
     "FAMILIES",
     "IMAGE_SIZE",
@@ -63,5 +66,6 @@ __all__ = [
     "render",
     "sample_scene",
     "stock_border",
+    "telling",
     "vary",
 ]

@@ -230,9 +230,9 @@ LONG = (
 )  # fmt: skip
 
 
-def preamble(t: Teller) -> str:
-    """Sentences that say nothing, two to five of them."""
-    return " ".join(t.rng.sample(BEFORE, t.rng.randint(2, 5)))
+def preamble(rng: random.Random, count: int) -> str:
+    """Sentences that say nothing."""
+    return " ".join(rng.sample(BEFORE, count))
 
 
 def prose(t: Teller) -> str:

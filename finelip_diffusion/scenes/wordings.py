@@ -2,6 +2,7 @@
 
 import random
 import re
+from typing import Any
 
 from .facts import Caption, Fact
 from .families import CLOSE, OPEN, TRAINED, UNSEEN, Teller, preamble
@@ -93,9 +94,22 @@ def describe(
         teller = Teller(scene, random.Random(f"{wording} {split} {scene} {seed}"), split)
         text = tell(teller)
         if wording not in ("prose", "tags") and teller.chance(PREAMBLES):
-            text = f"{preamble(teller)} {text}"
+            text = f"{preamble(teller.rng, teller.rng.randint(2, 5))} {text}"
         caption = _unmarked(text, scene)
     return disturbed(caption, seed) if noise else caption
+
+
+def telling(wording: str) -> dict[str, Any]:
+    """Arguments of `describe` for a name that data and figures go by.
+
+    Args:
+        wording: `"all"`, any training family with noise; `"unseen"`, any family, with noise, that is never trained on;
+            or the name of one family, without noise.
+    """
+    several = {"all": "train", "unseen": "unseen"}
+    if wording in several:
+        return {"wording": "any", "split": several[wording], "noise": True}
+    return {"wording": wording, "split": "unseen" if wording in FAMILIES["unseen"] else "train"}
 
 
 def _unmarked(text: str, scene: Scene) -> Caption:

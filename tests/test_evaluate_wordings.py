@@ -1,0 +1,48 @@
+"""The script behind the wording figures of docs/scenes.md, run as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import scripts
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train" / "evaluate_wordings.py"
+
+
+def test_the_report_has_every_prompt_and_its_share(tmp_path: Path) -> None:
+    flags = ["--num_prompts", 2, "--num_inference_steps", 8, "--sets", "splits", "anywhere"]
+    done = scripts.run(SCRIPT, "--output_dir", tmp_path, *flags, bare=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    sets = json.loads((tmp_path / "report.json").read_text())["sets"]
+    assert list(sets["splits"]) == ["sentences", "all", "unseen"]
+    for rows in sets.values():
+        for row in rows.values():
+            facts = [fact for prompt in row["prompts"] for fact in prompt["facts"]]
+            assert row["found"]["n"] == len(facts)
+            assert row["found"]["value"] == pytest.approx(sum(fact["found"] for fact in facts) / len(facts))
+            assert row["before"]["n"] + row["after"]["n"] == len(facts)
+    assert sets["splits"]["sentences"]["found"]["value"] > 0.6  # what the bundled model was made for
+    assert "| sentences |" in (tmp_path / "report.md").read_text()
+
+
+def test_what_find_facts_reads_needs_no_model(tmp_path: Path) -> None:
+    flags = ["--sets", "reading", "--num_prompts", 3, "--model", tmp_path / "none"]
+    assert scripts.run(SCRIPT, "--output_dir", tmp_path, *flags).returncode == 0
+    rows = json.loads((tmp_path / "report.json").read_text())["sets"]["reading"]
+    assert rows["people's words"]["precision"]["value"] > 0.95
+    assert rows["people's words"]["recall"]["value"] > 0.7
+
+
+def test_odd_flags_are_one_sentence(tmp_path: Path) -> None:
+    done = scripts.run(SCRIPT, "--output_dir", tmp_path / "out", "--sets", "poems")
+    assert done.returncode != 0
+    assert "--sets has poems: choose among splits" in done.stderr.splitlines()[-1]
+
+
+def test_peoples_prompts_state_cells_of_their_own() -> None:
+    rows = json.loads((ROOT / "examples" / "peoples_words.json").read_text())
+    assert len(rows) == 24
+    for row in rows:
+        cells = [item["cell"] for item in row["objects"]]
+        assert cells and len(set(cells)) == len(cells)

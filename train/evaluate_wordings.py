@@ -1,0 +1,220 @@
+"""Measures what a pipeline of the bundled world draws of prompts in everyone's words, and what find_facts reads.
+
+    python train/evaluate_wordings.py --output_dir runs/wordings                      # the bundled model, every set
+    python train/evaluate_wordings.py --output_dir runs/wordings --sets reading       # find_facts alone, seconds
+
+Sets: `splits`, held-out scenes in sentences, in any trained wording, in unseen wordings; `families`, each by itself;
+`changes`, one change at a time to the same captions; `people`, prompts that no generator wrote; `anywhere`,
+one object without a place; `reading`, precision and recall of find_facts by family. `OUTPUT_DIR/report.json` has every
+prompt, `report.md` the tables. Intervals are 95% bootstrap intervals over prompts.
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from finelip_diffusion.evaluation.intervals import bootstrap_interval, markdown_table, shown
+from finelip_diffusion.files import writing
+from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
+from finelip_diffusion.scenes import (
+    CHANGES,
+    FAMILIES,
+    Caption,
+    Fact,
+    Object,
+    as_record,
+    describe,
+    find_facts,
+    findings,
+    read,
+    sample_scene,
+    telling,
+)
+
+SETS = ("splits", "families", "changes", "people", "anywhere", "reading")
+PEOPLE = Path(__file__).resolve().parents[1] / "examples" / "peoples_words.json"
+
+
+@dataclass
+class Arguments:
+    """The defaults make the figures of docs/scenes.md, in an hour on two cores."""
+
+    output_dir: Path = field(metadata={"help": "Where report.json and report.md are written."})
+    model: Path = field(default=BUNDLED_MODEL, metadata={"help": "A pipeline folder of the bundled world."})
+    finelip: str | None = field(default=None, metadata={"help": "Its long encoder; by default MODEL/finelip."})
+    long_prompt: str = field(default="stretch", metadata={"help": "How prompts are read."})
+    sets: list[str] = field(default_factory=lambda: list(SETS), metadata={"help": f"Among {', '.join(SETS)}."})
+    num_prompts: int = field(default=100, metadata={"help": "Held-out scenes of each row."})
+    first_seed: int = field(
+        default=0, metadata={"help": "Scene, caption and noise of prompt i have this seed plus i."}
+    )
+    num_inference_steps: int = field(default=20, metadata={"help": "Denoising steps."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "Classifier-free guidance."})
+    batch_size: int = field(default=25, metadata={"help": "Images drawn at once."})
+
+    def __post_init__(self) -> None:
+        for name, least in {"num_prompts": 2, "batch_size": 1, "num_inference_steps": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} is {getattr(self, name)}, but must be at least {least}.")
+        if unknown := set(self.sets) - set(SETS):
+            raise ValueError(f"--sets has {', '.join(sorted(unknown))}: choose among {', '.join(SETS)}.")
+
+
+def people() -> list[Caption]:
+    """The prompts of examples/peoples_words.json. Where one names no size, either is right: that fact's size is ""."""
+    captions = []
+    for row in json.loads(PEOPLE.read_text(encoding="utf-8")):
+        caption = Caption(row["prompt"])
+        caption.facts = tuple(
+            Fact(Object(item["cell"], item["shape"], item["colour"], item["size"] or ""), 0, len(caption))
+            for item in row["objects"]
+        )
+        captions.append(caption)
+    return captions
+
+
+def anywhere(args: Arguments) -> list[Caption]:
+    """Prompts of one object that name no place."""
+    captions: list[Caption] = []
+    seed = args.first_seed
+    while len(captions) < args.num_prompts:
+        scene = sample_scene(seed, "test", (1, 1))
+        caption = describe(scene, seed, wording="casual")
+        if not caption.facts:
+            caption.facts = (Fact(scene.objects[0], 0, len(caption)),)
+            captions.append(caption)
+        seed += 1
+    return captions
+
+
+def rows_of(name: str, args: Arguments) -> dict[str, list[Caption]]:
+    """Captions of each row of a set."""
+    seeds = range(args.first_seed, args.first_seed + args.num_prompts)
+    scenes = [(sample_scene(seed, "test"), seed) for seed in seeds]
+    if name == "people":
+        return {"people's words": people()}
+    if name == "anywhere":
+        return {"one object, no place": anywhere(args)}
+    if name == "changes":
+        return {change: [tell(*each) for each in scenes] for change, tell in CHANGES.items()}
+    wordings = (
+        ("sentences", "all", "unseen") if name == "splits" else [each for names in FAMILIES.values() for each in names]
+    )
+    return {each: [describe(*scene, **telling(each)) for scene in scenes] for each in wordings}
+
+
+def drawn(pipe: FineLIPStableDiffusionPipeline, captions: list[Caption], args: Arguments, name: str) -> list[dict]:
+    """Draws captions, and says of each prompt which of its facts are found."""
+    rows = []
+    for first in tqdm(range(0, len(captions), args.batch_size), desc=name, mininterval=5):
+        batch = captions[first : first + args.batch_size]
+        images = pipe(
+            [str(caption) for caption in batch],
+            long_prompt=args.long_prompt,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            generator=[torch.Generator().manual_seed(args.first_seed + first + i) for i in range(len(batch))],
+        ).images
+        for caption, image in zip(batch, images, strict=True):
+            shown_scene = read(image)
+            if name == "one object, no place":
+                wanted = caption.facts[0].object
+                looks = [(item.shape, item.colour, item.size) for item in shown_scene.objects]
+                found = [{"found": (wanted.shape, wanted.colour, wanted.size) in looks, "after": False}]
+            else:
+                found = [as_record(finding) for finding in findings(caption, shown_scene, pipe.tokenizer)]
+                for record, fact in zip(found, caption.facts, strict=True):
+                    if not fact.object.size:
+                        record["found"] = bool(record["shape"] and record["colour"])
+            rows.append({"prompt": str(caption), "facts": found})
+    return rows
+
+
+def figures(rows: list[dict]) -> dict[str, Any]:
+    """Recall of a row: of all facts, of those before token 77, and of those after it."""
+    result = {}
+    for key, sides in {"found": (False, True), "before": (False,), "after": (True,)}.items():
+        kept = [
+            (number, fact["found"])
+            for number, row in enumerate(rows)
+            for fact in row["facts"]
+            if fact["after"] in sides
+        ]
+        values = torch.tensor([found for _, found in kept], dtype=torch.float64)
+        result[key] = bootstrap_interval(values, torch.tensor([number for number, _ in kept], dtype=torch.long))
+    return result
+
+
+def reading(args: Arguments) -> dict[str, dict[str, Any]]:
+    """Precision and recall of find_facts, by family, without and with noise, and of the people's words."""
+    sets = {}
+    for split, names in FAMILIES.items():
+        for name in names:
+            for noise in (False, True):
+                sets[f"{name}{', noise' if noise else ''}"] = [
+                    describe(sample_scene(seed, "test"), seed, wording=name, split=split, noise=noise)
+                    for seed in range(args.first_seed, args.first_seed + args.num_prompts)
+                ]
+    sets["people's words"] = people()
+    result = {}
+    for name, captions in sets.items():
+        right, stated, found = [], [], []
+        for number, caption in enumerate(captions):
+            one = {fact.object for fact in caption.facts}
+            other = {fact.object for fact in find_facts(str(caption)).facts}
+            right += [(number, item in one) for item in other]
+            found += [(number, item in other) for item in one]
+            stated.append(len(one))
+        result[name] = {
+            key: bootstrap_interval(
+                torch.tensor([hit for _, hit in hits]), torch.tensor([number for number, _ in hits])
+            )
+            for key, hits in (("precision", right), ("recall", found))
+        }
+    return result
+
+
+def tables(report: dict[str, Any]) -> str:
+    """All sets in Markdown."""
+    parts = []
+    for name, rows in report["sets"].items():
+        keys = ("precision", "recall") if name == "reading" else ("found", "before", "after")
+        cells = [[row, *(shown(result[key]) for key in keys), str(result[keys[-1 if name == "reading" else 0]]["n"])]
+                 for row, result in rows.items()]  # fmt: skip
+        parts += [f"## {name}", "", *markdown_table([name, *keys, "facts"], cells), ""]
+    return "\n".join(parts)
+
+
+def main(args: Arguments) -> None:
+    report: dict[str, Any] = {"settings": {key: str(value) for key, value in asdict(args).items()}, "sets": {}}
+    pipe = None
+    if set(args.sets) - {"reading"}:
+        finelip = args.finelip or str(args.model / "finelip")
+        pipe = FineLIPStableDiffusionPipeline.from_pretrained(args.model, finelip=finelip)
+        pipe = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        pipe.set_progress_bar_config(disable=True)
+    for name in args.sets:
+        if name == "reading":
+            report["sets"][name] = reading(args)
+        else:
+            results = {row: drawn(pipe, captions, args, row) for row, captions in rows_of(name, args).items()}
+            report["sets"][name] = {row: figures(prompts) | {"prompts": prompts} for row, prompts in results.items()}
+        with writing(args.output_dir / "report.json") as file:
+            file.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        with writing(args.output_dir / "report.md") as file:
+            file.write_text(tables(report), encoding="utf-8")
+    tqdm.write(tables(report))
+
+
+if __name__ == "__main__":
+    logging.getLogger("finelip_diffusion").setLevel(logging.ERROR)  # what `truncate` drops is meant here
+    try:
+        main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    except ValueError as error:
+        raise SystemExit(f"{Path(__file__).name}: {error}") from error
