@@ -123,6 +123,7 @@ def drawn(pipe: FineLIPStableDiffusionPipeline, captions: list[Caption], args: A
         ).images
         for caption, image in zip(batch, images, strict=True):
             shown_scene = read(image)
+            found: list[dict[str, Any]]
             if name == "one object, no place":
                 wanted = caption.facts[0].object
                 looks = [(item.shape, item.colour, item.size) for item in shown_scene.objects]
@@ -193,7 +194,7 @@ def tables(report: dict[str, Any]) -> str:
 
 def main(args: Arguments) -> None:
     report: dict[str, Any] = {"settings": {key: str(value) for key, value in asdict(args).items()}, "sets": {}}
-    pipe = None
+    pipe: Any = None
     if set(args.sets) - {"reading"}:
         finelip = args.finelip or str(args.model / "finelip")
         pipe = FineLIPStableDiffusionPipeline.from_pretrained(args.model, finelip=finelip)

@@ -8,7 +8,7 @@ from .facts import Caption, Fact
 from .families import CLOSE, OPEN, TRAINED, UNSEEN, Teller, preamble
 from .noise import disturbed
 from .words import COLUMNS, NUMBERS, PLACES, ROWS, SIZE_WORDS
-from .world import Scene
+from .world import Object, Scene
 
 OPENINGS = (
     "The picture shows {number} {objects} on a {background} background.",
@@ -114,7 +114,8 @@ def telling(wording: str) -> dict[str, Any]:
 
 def _unmarked(text: str, scene: Scene) -> Caption:
     """A family's text, its marks taken out and kept as facts."""
-    parts, facts, length, opened = [], [], 0, []
+    parts, facts, length = list[str](), list[Fact](), 0
+    opened: list[tuple[Object, int]] = []
     for part in re.split(r"([\ue000-\ue0ff])", text):
         if part == CLOSE:
             item, start = opened.pop()
