@@ -263,6 +263,7 @@ def test_convert(stable_diffusion_folder, tmp_path, capsys):
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     assert text_encoder.config.max_position_embeddings == tokenizer.model_max_length == 248
     assert text_encoder(tokenizer("a cat", return_tensors="pt").input_ids).last_hidden_state.isfinite().all()
+    capsys.readouterr()  # transformers' progress bars
 
     for args, reason in [
         ([stable_diffusion_folder, out], "overwritten"),
