@@ -84,14 +84,22 @@ def check_flags(words: list[str], text: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_python_blocks_run(document, tmp_path, monkeypatch):
-    """Top to bottom in one namespace, as a reader would type them; files are written beside a link to examples/."""
+    """README's blocks each alone, a page of docs/ from top to bottom; files are written beside a link to examples/."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for block in blocks(document, "python"):
+        if document.name == "README.md":
+            namespace = {"__name__": "__main__"}
         code = in_place(block)
         if block.runs:
             exec(code, namespace)
+
+
+def test_the_readme_is_read_in_a_minute():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert all(line.count("|") <= 6 for line in text.splitlines() if line.startswith("|"))  # five columns
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
