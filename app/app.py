@@ -241,9 +241,7 @@ def main() -> None:
     def load() -> Any:
         from finelip_diffusion.cli import load_pipeline
 
-        return load_pipeline(
-            args.model, args.finelip, long_prompt="stretch", dtype=args.dtype, device=args.device
-        )
+        return load_pipeline(args.model, args.finelip, long_prompt="stretch", dtype=args.dtype, device=args.device)
 
     demo = build_demo(load, name=args.model or "bundled", scenes=args.model is None, max_queue=args.max_queue)
     demo.launch(server_name=args.host, server_port=args.port, share=args.share, max_file_size="20mb", **look())

@@ -145,6 +145,7 @@ class FineLIPModel(PreTrainedModel):
         self.clip = CLIPModel._from_config(config.clip_config)
         positions = StretchedPositions(*self._positions.weight.shape)
         positions.keep = config.keep
+        positions.weight = self._positions.weight  # drawn by CLIP; transformers 5.6 does not draw it again
         self.clip.text_model.embeddings.position_embedding = positions
         width, number = config.clip_config.projection_dim, config.num_refined_tokens
         self.image_refinement = TokenRefinement(width, number) if config.refine_image else None

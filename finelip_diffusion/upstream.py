@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def name_dtype(options: dict[str, Any]) -> dict[str, Any]:
-    """Names the type of the weights as the installed diffusers does: `dtype` from 0.40 on, `torch_dtype` before.
+    """Gives the type of the weights its new name, `dtype`: diffusers warns of the old one, `torch_dtype`.
 
     Args:
         options: Arguments of a `from_pretrained` or `from_single_file`, with either name, or with none.
 
     Returns:
-        The same arguments, under the name that prints no warning.
+        The same arguments.
 
     Raises:
         ValueError: If both names are there.
@@ -22,9 +22,8 @@ def name_dtype(options: dict[str, Any]) -> dict[str, Any]:
     names = [name for name in ("dtype", "torch_dtype") if options.get(name) is not None]
     if len(names) > 1:
         raise ValueError("dtype and torch_dtype are both given: torch_dtype is the old name of dtype, give dtype.")
-    known = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
     rest = {name: value for name, value in options.items() if name not in ("dtype", "torch_dtype")}
-    return {**rest, known: options[names[0]]} if names else rest
+    return {**rest, "dtype": options[names[0]]} if names else rest
 
 
 def even_alphas(

@@ -38,7 +38,7 @@ def script() -> Iterator[ModuleType]:
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
-    files = sorted((folder / "images").rglob("*.png"))
+    files = [file for file in sorted((folder / "images").rglob("*.png")) if ".writing-" not in str(file)]
     return {str(file.relative_to(folder)): np.asarray(Image.open(file).convert("RGB")) for file in files}
 
 
@@ -95,7 +95,7 @@ def test_the_report_has_every_figure_with_its_interval_and_its_difference(straig
 
 def test_truncate_does_not_see_a_change_behind_token_77(straight: Path):
     found = figures(straight)
-    assert found["base/truncate", "change"] == 0
+    assert found["base/truncate", "change"] < 1e-4  # batches of other sizes round otherwise: 0 with torch 2.15
     assert found["base/finelip", "change"] > 0.001
     assert ("base/truncate", "state_drift") not in found
 
@@ -138,7 +138,7 @@ def test_the_page_shows_the_examples(straight: Path):
 def test_a_killed_run_goes_on_and_ends_the_same(straight: Path, tmp_path: Path):
     process = scripts.start(SCRIPT, *SMALL, "--output_dir", tmp_path)
     deadline = time.monotonic() + 200
-    while not (kept := list(tmp_path.rglob("images/**/*.png"))) and time.monotonic() < deadline:
+    while not (kept := list(tmp_path.glob("images/*/*/*/*.png"))) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.kill()
     process.join()

@@ -104,7 +104,7 @@ def sparc(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor, logit_sc
     """
     patches, tokens = widen(image_tokens[:, 1:]), valid(text_tokens, text_mask)
     weights = products(tokens, patches)  # (B, T, P)
-    low, high = weights.aminmax(dim=-1, keepdim=True)
+    low, high = weights.amin(-1, keepdim=True), weights.amax(-1, keepdim=True)  # torch 2.6 cannot train aminmax
     weights = (weights - low) / (high - low).clamp(min=torch.finfo(weights.dtype).eps)
     weights = weights.masked_fill(weights < 1 / patches.shape[1], 0)
     grouped = F.normalize(products(weights, patches.mT), dim=-1)  # (B, T, E): the weights' sum cancels
