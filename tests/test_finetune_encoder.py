@@ -38,7 +38,7 @@ SMALL = {  # four updates of sixteen pairs, with rates at which weights visibly 
     "report_to": "none",
 }
 
-SMOOTH = {"adam_epsilon": 1, "learning_rate": 0.1, "head_learning_rate": 0.1}
+SMOOTH = {"adam_epsilon": 1, "learning_rate": 0.1, "head_learning_rate": 0.1, "max_grad_norm": 1}
 
 
 def flags_of(folder: Path, **flags: object) -> list[str]:
@@ -47,6 +47,11 @@ def flags_of(folder: Path, **flags: object) -> list[str]:
 
 def train(folder: Path, *, bare: bool = False, **flags: object) -> subprocess.CompletedProcess[str]:
     return scripts.run(SCRIPT, *flags_of(folder, **flags), bare=bare)
+
+
+def set_environment(values: dict[str, str]) -> None:
+    """What torchrun tells each of its processes."""
+    os.environ.update(values)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -155,6 +160,31 @@ def test_two_processes_equal_one(smooth: Path, tmp_path: Path) -> None:
     assert_close(smooth, tmp_path / "two")
 
 
+def test_a_sharded_run_that_is_killed_ends_as_one_process(smooth: Path, tmp_path: Path) -> None:
+    """Killed after a checkpoint, and started again as docs/training.md says."""
+    flags = flags_of(tmp_path, shard=True, train_batch_size=8, resume_from_checkpoint="latest", **SMOOTH)
+    port = str(20001 + os.getpid() % 20000)
+    meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    both = [
+        scripts.start(SCRIPT, *flags, before=partial(set_environment, {**meeting, "RANK": rank, "LOCAL_RANK": rank}))
+        for rank in "01"
+    ]
+    while all(process.is_alive() for process in both) and not (tmp_path / "checkpoint-2").exists():
+        time.sleep(0.01)
+    for process in both:
+        process.kill()
+        process.join()
+    assert not (tmp_path / "checkpoint-4").exists()
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    done = subprocess.run([*torchrun, str(SCRIPT), *flags], capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"Going on from {tmp_path / 'checkpoint-2'}" in done.stdout
+    assert_close(smooth, tmp_path)
+    refused = train(tmp_path, resume_from_checkpoint="checkpoint-4", max_train_steps=5)
+    assert "checkpoint-4 was written with --shard: go on as it was." in refused.stderr.splitlines()[-1]
+
+
 def test_micro_batches_change_memory_alone(smooth: Path, tmp_path: Path) -> None:
     done = train(tmp_path / "micro", micro_batch_size=5, **SMOOTH)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -211,6 +241,7 @@ def test_bad_examples_are_named_and_training_goes_on(pictures: Path, tmp_path: P
         ({"train_batch_size": 1}, "--train_batch_size is 1, but must be at least 2"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "is not a checkpoint folder"),
         ({"train_data": "no/such.json"}, "no/such.json"),
+        ({"shard": True}, "--shard shares weights out over processes: start several"),
         ({"pretrained_model_name_or_path": "no/such/folder"}, "no/such/folder"),
     ],
 )  # fmt: skip

@@ -27,7 +27,7 @@ def in_two(task: Callable[[int], Any], folder: Path) -> list[Any]:
     for process in both:
         process.start()
     for process in both:
-        process.join(60)
+        process.join(200)
     assert [process.exitcode for process in both] == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 

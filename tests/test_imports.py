@@ -63,6 +63,7 @@ LINES = {
         "losses",
         "recipes",
         "gathering",
+        "sharding",
         "finelip_layout",
         "model",
         "heads",

@@ -66,6 +66,10 @@ def make_step(name: str, dtype: torch.dtype = torch.float64, **tower: float) -> 
 
 @pytest.fixture(scope="module")
 def batch_for() -> Callable[..., dict[str, Tensor]]:
+    return make_batches()
+
+
+def make_batches() -> Callable[..., dict[str, Tensor]]:
     """Makes the batch that a recipe asks for, of real scenes and captions."""
     dataset = ScenesDataset("train", num_scenes=24)
     examples = [dataset[index, draw] for draw, index in enumerate(SCENES)]

@@ -19,7 +19,7 @@ import logging
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ from finelip_diffusion.runs import (
     upload,
     write_card,
 )
+from finelip_diffusion.sharding import Sharded, ShardedState, clip_norm
 from finelip_diffusion.text_encoder import MAX_LENGTH, save_text_encoder
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -84,6 +85,9 @@ class Arguments(RunFlags):
     micro_batch_size: int | None = field(
         default=None, metadata={"help": "Encode so many pairs at once, with the gradients of the whole batch."}
     )
+    shard: bool = field(
+        default=False, metadata={"help": "Share weights and optimizer out over the processes (FSDP2)."}
+    )
     learning_rate: float | None = field(default=None, metadata={"help": "Of the towers."})
     head_learning_rate: float | None = field(default=None, metadata={"help": "Of what is drawn anew."})
     lr_warmup_steps: int | None = field(default=None, metadata={"help": "Updates over which rates rise."})
@@ -106,20 +110,18 @@ class Arguments(RunFlags):
 
 
 def resolve_recipe(args: Arguments) -> Recipe:
-    """The recipe by its name or path; flags that were given win and are written back into `args`."""
+    """The recipe by its name or path, with the flags that were given in place of its own values."""
     path = Path(args.recipe)
     recipe = read_recipe(path if path.suffix in (".yaml", ".yml") else RECIPES / f"{args.recipe}.yaml")
-    for flag, key in (
-        ("learning_rate", "learning_rate"),
-        ("head_learning_rate", "head_learning_rate"),
-        ("adam_weight_decay", "weight_decay"),
-        ("lr_warmup_steps", "lr_warmup_steps"),
-        ("max_grad_norm", "max_grad_norm"),
-    ):
-        if getattr(args, flag) is None:
-            setattr(args, flag, getattr(recipe, key))
-        recipe.resolved[key] = getattr(args, flag)
-    return recipe
+    flags = {
+        "learning_rate": args.learning_rate,
+        "head_learning_rate": args.head_learning_rate,
+        "weight_decay": args.adam_weight_decay,
+        "lr_warmup_steps": args.lr_warmup_steps,
+        "max_grad_norm": args.max_grad_norm,
+    }
+    values = {key: getattr(recipe, key) if flag is None else flag for key, flag in flags.items()}
+    return replace(recipe, **values, resolved=recipe.resolved | values)
 
 
 def build_step(args: Arguments, recipe: Recipe, accelerator: Accelerator) -> tuple[TrainingStep, Any, Any]:
@@ -181,12 +183,12 @@ def whole_model(state: dict[str, Tensor], config: FineLIPConfig) -> FineLIPModel
     return model.eval()
 
 
-def parameter_groups(step: TrainingStep, args: Arguments, factor: float) -> list[dict[str, Any]]:
+def parameter_groups(step: TrainingStep, recipe: Recipe, factor: float) -> list[dict[str, Any]]:
     """What is trained, by rate and decay; the position table is not decayed, or its kept rows would shrink."""
     groups: dict[str, dict[str, Any]] = {
-        "towers": {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay},
-        "positions and scale": {"lr": args.learning_rate, "weight_decay": 0.0},
-        "heads": {"lr": args.head_learning_rate, "weight_decay": args.adam_weight_decay},
+        "towers": {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay},
+        "positions and scale": {"lr": recipe.learning_rate, "weight_decay": 0.0},
+        "heads": {"lr": recipe.head_learning_rate, "weight_decay": recipe.weight_decay},
     }
     for name, group in groups.items():
         group |= {"name": name, "params": [], "lr": group["lr"] * factor}
@@ -198,7 +200,7 @@ def parameter_groups(step: TrainingStep, args: Arguments, factor: float) -> list
     return [group for group in groups.values() if group["params"]]
 
 
-def memory_estimate(step: TrainingStep, args: Arguments) -> dict[str, float]:
+def memory_estimate(step: TrainingStep, args: Arguments, mixed_precision: str) -> dict[str, float]:
     """What a step keeps on a device, in MiB: exact for weights and optimizer, a rule of thumb for activations."""
     clip = step.model.config.clip_config
     vision = clip.vision_config
@@ -209,18 +211,19 @@ def memory_estimate(step: TrainingStep, args: Arguments) -> dict[str, float]:
         )
         for tower, length in towers
     )
-    if args.mixed_precision in (None, "no"):
+    if mixed_precision == "no":
         activations *= 2
     trained = sum(parameter.numel() for parameter in step.parameters() if parameter.requires_grad)
     return training_memory(sum(parameter.numel() for parameter in step.parameters()), trained, activations)
 
 
-def describe_run(step: TrainingStep, groups: list[dict[str, Any]], args: Arguments, recipe: Recipe) -> str:
+def describe_run(step: TrainingStep, groups: list[dict[str, Any]], args: Arguments, recipe: Recipe,
+                 mixed_precision: str) -> str:  # fmt: skip
     """What `--dry_run` prints."""
     frozen = sum(parameter.numel() for parameter in step.parameters() if not parameter.requires_grad)
     lines = [f"recipe {recipe.name}", yaml.safe_dump(recipe.resolved, sort_keys=False).rstrip(), ""]
     lines += [*describe_groups(groups, frozen), "", f"memory of a process, {args.train_batch_size} pairs"]
-    lines += [f"  {name}: {size:,.0f} MiB" for name, size in memory_estimate(step, args).items()]
+    lines += [f"  {name}: {size:,.0f} MiB" for name, size in memory_estimate(step, args, mixed_precision).items()]
     return "\n".join(lines)
 
 
@@ -228,7 +231,7 @@ def describe_run(step: TrainingStep, groups: list[dict[str, Any]], args: Argumen
 
 
 def save_result(state: dict[str, Tensor], config: FineLIPConfig, tokenizer: Any, image_processor: Any,
-                args: Arguments, recipe: Recipe, figures: dict[str, Any]) -> None:  # fmt: skip
+                args: Arguments, recipe: Recipe, steps: int, figures: dict[str, Any]) -> None:  # fmt: skip
     """Writes the encoder as stock classes, the whole model, the recipe and the model card."""
     if (term := recipe.local_loss) is not None and term.name in OWN_SCORES:
         config.score, config.score_settings = term.name, term.settings
@@ -246,7 +249,7 @@ def save_result(state: dict[str, Tensor], config: FineLIPConfig, tokenizer: Any,
         f"Trained by the recipe `{recipe.name}`: {recipe.description.strip()}",
         "```python\nfrom finelip_diffusion import FineLIPStableDiffusionPipeline\n\n"
         'pipe = FineLIPStableDiffusionPipeline.from_pretrained("BASE MODEL", finelip="THIS FOLDER")\n```',
-        f"Base: `{args.pretrained_model_name_or_path}`. Data: `{args.train_data}`. {args.max_train_steps} updates of "
+        f"Base: `{args.pretrained_model_name_or_path}`. Data: `{args.train_data}`. {steps} updates of "
         f"{args.train_batch_size} pairs a process, seed {args.seed}.",
     ]
     title = f"{args.output_dir.name}: a CLIP text encoder of {args.max_length} tokens"
@@ -262,6 +265,8 @@ def open_data(args: Arguments) -> tuple[Any, Any]:
     dataset = open_dataset(
         args.train_data, seed=args.seed, num_scenes=args.num_scenes, image_root=args.image_root, **columns
     )
+    if args.shard:  # retrieval needs whole weights
+        return dataset, None
     if args.validation_data is None and args.train_data.partition(":")[0] == "scenes":
         return dataset, retrieval.scenes_gallery(args.num_validation_examples // 8)
     if args.validation_data is None:
@@ -272,24 +277,46 @@ def open_data(args: Arguments) -> tuple[Any, Any]:
     return dataset, list(islice(held_out, args.num_validation_examples))
 
 
-def set_lengths(args: Arguments, recipe: Recipe, size: int | None, images: int) -> int:
-    """Resolves, in updates, the length of training, and of the rise of the loss."""
-    args.max_train_steps = count_updates(args, size, images)
-    if args.loss_warmup_steps is None:
-        epoch = args.max_train_steps if size is None else size // images
-        args.loss_warmup_steps = round(recipe.loss_warmup_epochs * min(epoch, args.max_train_steps))
-    return args.max_train_steps
+def check_sharding(args: Arguments, accelerator: Accelerator) -> None:
+    """Refuses what does not go with weights that are shared out over processes.
+
+    Raises:
+        ValueError: One sentence.
+    """
+    if accelerator.distributed_type is DistributedType.FSDP:
+        raise ValueError("accelerate is set up for FSDP: launch with train/configs/ddp.yaml and give --shard True.")
+    if not args.shard:
+        return
+    if accelerator.num_processes == 1:
+        raise ValueError("--shard shares weights out over processes: start several, torchrun --nproc_per_node N.")
+    if args.micro_batch_size is not None or args.validation_data is not None:
+        raise ValueError("--micro_batch_size and --validation_data need whole weights: leave them out, or --shard.")
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("--shard trains in bf16 or no mixed precision, not in fp16: choose another.")
 
 
-def backward(step: TrainingStep, wrapped: nn.Module, batch: dict[str, Tensor], args: Arguments,
+def loss_warmup(args: Arguments, recipe: Recipe, size: int | None, images: int, steps: int) -> int:
+    """The updates over which the loss rises: of an epoch, as the recipe says, unless the flag says otherwise."""
+    if args.loss_warmup_steps is not None:
+        return args.loss_warmup_steps
+    epoch = steps if size is None else size // images
+    return round(recipe.loss_warmup_epochs * min(epoch, steps))
+
+
+def backward(step: TrainingStep, wrapped: nn.Module | Sharded, batch: dict[str, Tensor], micro_batch_size: int | None,
              accelerator: Accelerator, factor: float, last: bool) -> dict[str, Tensor]:  # fmt: skip
     """Gradients of one batch, times `factor`; processes share them with the last batch of an update."""
-    if args.micro_batch_size is not None:
+    if micro_batch_size is not None:
         with accelerator.autocast():
-            terms = cached_backward(step, batch, args.micro_batch_size, accelerator.backward, factor)
+            terms = cached_backward(step, batch, micro_batch_size, accelerator.backward, factor)
         if last:
             average_gradients(step.parameters())
         return terms
+    if isinstance(wrapped, Sharded):
+        with accelerator.autocast():
+            terms = wrapped.step(batch)
+        wrapped.backward(factor * torch.stack(list(terms.values())).sum(), last)
+        return {name: value.detach() for name, value in terms.items()}
     with nullcontext() if last else accelerator.no_sync(wrapped):
         with accelerator.autocast():
             terms = wrapped(batch)
@@ -310,44 +337,49 @@ def main(args: Arguments) -> None:
     recipe = resolve_recipe(args)
     accelerator = make_accelerator(args, DistributedDataParallelKwargs(find_unused_parameters=True))
     logging.basicConfig(level=logging.WARNING)
-    args.mixed_precision = accelerator.mixed_precision
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
     step, tokenizer, image_processor = build_step(args, recipe, accelerator)
     joint = args.train_batch_size * accelerator.num_processes
     images = joint * args.gradient_accumulation_steps  # of an update
-    groups = parameter_groups(step, args, images if args.scale_lr else 1)
+    factor = images if args.scale_lr else 1
     if args.dry_run:
-        accelerator.print(describe_run(step, groups, args, recipe))
+        groups = parameter_groups(step, recipe, factor)
+        accelerator.print(describe_run(step, groups, args, recipe, accelerator.mixed_precision))
         return
 
+    check_sharding(args, accelerator)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     dataset, examples = open_data(args)
-    if accelerator.distributed_type is DistributedType.FSDP:
-        if args.micro_batch_size is not None or args.validation_data is not None:
-            raise ValueError(
-                "--micro_batch_size and --validation_data need whole weights, which FSDP shards: use DDP."
-            )
-        examples = None
     collator = Collator(tokenizer, image_processor, recipe.captions, recipe.num_sub_captions,
                         recipe.longest_sub_caption, recipe.prompts, args.max_length)  # fmt: skip
     size = None if isinstance(dataset, IterableDataset) else len(dataset)
-    steps = set_lengths(args, recipe, size, images)
+    steps = count_updates(args, size, images)
+    rise = loss_warmup(args, recipe, size, images, steps)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     total = None if size is None else size + len(dataset.skipped)
     skips = SkipLog(args.output_dir / "skipped.jsonl", args.max_bad_fraction, total, accelerator.is_main_process)
     skips.add(dataset.skipped)
 
+    wrapped: Any = Sharded(step.to(accelerator.device)) if args.shard else step
     betas = args.adam_beta1, args.adam_beta2
-    optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, fused=True)
-    schedule = make_schedule(args.lr_scheduler, optimizer, int(args.lr_warmup_steps or 0), steps)
-    wrapped, optimizer = accelerator.prepare(step, optimizer)
+    optimizer = torch.optim.AdamW(parameter_groups(step, recipe, factor), betas=betas, eps=args.adam_epsilon,
+                                  fused=True)  # fmt: skip
+    schedule = make_schedule(args.lr_scheduler, optimizer, recipe.lr_warmup_steps, steps)
+    if args.shard:
+        accelerator.register_for_checkpointing(ShardedState(step, optimizer))
+    else:
+        wrapped, optimizer = accelerator.prepare(step, optimizer)
     accelerator.register_for_checkpointing(schedule)
     if args.report_to != "none":
         settings = {name: value for name, value in args.settings.items() if value is not None}
         accelerator.init_trackers("finetune_encoder", settings)
     first = 0
     if checkpoint is not None:
+        if args.shard == (checkpoint / "model.safetensors").is_file():
+            raise ValueError(
+                f"{checkpoint} was written {'without' if args.shard else 'with'} --shard: go on as it was."
+            )
         accelerator.load_state(str(checkpoint))
         first = step_of(checkpoint)
         accelerator.print(f"Going on from {checkpoint}.")
@@ -356,6 +388,7 @@ def main(args: Arguments) -> None:
         dataset, collator, args.train_batch_size, seed=args.seed, rank=accelerator.process_index,
         world_size=accelerator.num_processes, first_step=first * args.gradient_accumulation_steps,
         num_workers=args.dataloader_num_workers, bucket_by_length=args.length_bucketing,
+        pin_memory=accelerator.device.type == "cuda",
     ))  # fmt: skip
     figures: dict[str, Any] = {}
     means = Means()
@@ -363,16 +396,19 @@ def main(args: Arguments) -> None:
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=recipe.name,
                disable=not accelerator.is_main_process, mininterval=2)  # fmt: skip
     for update in bar:
-        warm = min(1.0, (update + 1) / args.loss_warmup_steps) if args.loss_warmup_steps else 1.0
+        warm = min(1.0, (update + 1) / rise) if rise else 1.0
         for turn in range(args.gradient_accumulation_steps):
             batch = next(loader)
             seen = (update * args.gradient_accumulation_steps + turn + 1) * joint
             skips.add(gather_object(batch["skipped"]), seen)  # so that all processes stop together
-            batch = {name: value.to(accelerator.device) for name, value in batch.items() if isinstance(value, Tensor)}
-            terms = backward(step, wrapped, batch, args, accelerator, warm / args.gradient_accumulation_steps,
+            batch = {name: value.to(accelerator.device, non_blocking=True)
+                     for name, value in batch.items() if isinstance(value, Tensor)}  # fmt: skip
+            terms = backward(step, wrapped, batch, args.micro_batch_size, accelerator,
+                             warm / args.gradient_accumulation_steps,
                              turn + 1 == args.gradient_accumulation_steps)  # fmt: skip
             means.add(terms)
-        norm = accelerator.clip_grad_norm_(step.parameters(), args.max_grad_norm or math.inf)
+        clip = clip_norm if args.shard else accelerator.clip_grad_norm_
+        norm = clip(step.parameters(), recipe.max_grad_norm or math.inf)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -394,9 +430,9 @@ def main(args: Arguments) -> None:
         figures = validate(step, tokenizer, image_processor, examples, args)
         accelerator.log({f"validation/{name}": value for name, value in figures.items()}, step=steps)
     accelerator.wait_for_everyone()
-    state = accelerator.get_state_dict(wrapped)
+    state = wrapped.weights() if args.shard else accelerator.get_state_dict(wrapped)
     if accelerator.is_main_process:
-        save_result(state, step.model.config, tokenizer, image_processor, args, recipe, figures)
+        save_result(state, step.model.config, tokenizer, image_processor, args, recipe, steps, figures)
         if args.push_to_hub:
             upload(args)
     accelerator.end_training()

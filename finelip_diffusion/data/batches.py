@@ -250,6 +250,7 @@ def make_loader(
     first_step: int = 0,
     num_workers: int = 0,
     bucket_by_length: bool = False,
+    pin_memory: bool = False,
 ) -> DataLoader[dict[str, Any]]:
     """Batches of one process, step after step without end, for training.
 
@@ -264,12 +265,18 @@ def make_loader(
         rank, world_size: Which process of how many.
         first_step: The step of the first batch.
         num_workers: Processes that decode.
+        pin_memory: Whether batches lie where a GPU copies from without waiting.
         bucket_by_length: Whether a batch holds captions of about one length; a stream has none to sort by.
 
     Raises:
         ValueError: If the dataset is too small (see `StepSampler`), or a stream has fewer shards than readers.
     """
-    common = {"collate_fn": collator, "num_workers": num_workers, "generator": torch.Generator()}
+    common = {
+        "collate_fn": collator,
+        "num_workers": num_workers,
+        "generator": torch.Generator(),
+        "pin_memory": pin_memory,
+    }
     if isinstance(dataset, TarDataset):
         batches = _StreamBatches(dataset, batch_size, rank, world_size, first_step, max(num_workers, 1))
         return DataLoader(batches, batch_size=None, **common)  # type: ignore[arg-type]
