@@ -155,7 +155,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(straight: Path, tmp_path: Path):
 
 
 def test_two_processes_equal_one(straight: Path, tmp_path: Path):
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "29731"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29731"]
     command = [sys.executable, *launcher, SCRIPT, *SMALL, "--output_dir", tmp_path]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from PIL import Image
-from processes import start_processes
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, HfArgumentParser
@@ -65,6 +65,7 @@ from finelip_diffusion.evaluation.images import (
 from finelip_diffusion.evaluation.report import write_report
 from finelip_diffusion.files import writing
 from finelip_diffusion.metrics import state_drift
+from finelip_diffusion.runs import check_launch
 from finelip_diffusion.scenes import STOCK_CONTENT_TOKENS, describe, render, sample_scene, stock_border, telling
 
 FEW, MANY = (1, 3), (4, 9)  # objects in a short and in a long prompt of scenes
@@ -403,7 +404,10 @@ def load_eyes(args: Arguments, device: Any) -> dict[str, Eye]:
 
 
 def main(args: Arguments) -> None:
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # or accelerate 1.15 takes each of torchrun's for one that is alone
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+    )
     conditions = read_conditions(args.model, args.encoders, args.unets)
     eyes = load_eyes(args, accelerator.device)
     tokenizer = CLIPTokenizer.from_pretrained(located(args.model), subfolder="tokenizer")
@@ -441,7 +445,7 @@ if __name__ == "__main__":
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         arguments = read_arguments(sys.argv[1:])
-        if not start_processes():
-            main(arguments)
+        check_launch()
+        main(arguments)
     except (ValueError, OSError) as error:
         raise SystemExit(f"{Path(__file__).name}: {error}") from error
