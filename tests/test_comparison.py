@@ -24,7 +24,7 @@ CONDITIONS = [
 @pytest.mark.parametrize(
     ("key", "label", "group"),
     [
-        ("found_behind", "found behind token 77", comparison.LONG),
+        ("found_behind", "found after token 77", comparison.LONG),
         ("clip_score/long_clip", "CLIPScore, judged by long_clip", comparison.LONG),
         ("short_clip_score/clip", "CLIPScore, judged by clip", comparison.SHORT),
         ("fid", "Frechet distance, Inception", comparison.LIKENESS),
@@ -32,6 +32,9 @@ CONDITIONS = [
         ("dinov2_fd", "Frechet distance, dinov2", comparison.LIKENESS),
         ("effnet_kid", "kernel distance, effnet", comparison.LIKENESS),
         ("cmmd", "CMMD", comparison.LIKENESS),
+        ("cmmd/reconstructed", "CMMD", comparison.RECONSTRUCTED),
+        ("effnet_fd/reconstructed", "Frechet distance, effnet", comparison.RECONSTRUCTED),
+        ("fid/reconstructed", "Frechet distance, Inception", comparison.RECONSTRUCTED),
         ("state_drift_2", "drift, second encoder", comparison.SHORT),
         ("change_inside", "of it in the right cell", comparison.CHANGED),
     ],
@@ -39,7 +42,9 @@ CONDITIONS = [
 def test_a_figure_says_what_it_is(key: str, label: str, group: str):
     found = about(key)
     assert (found["label"], found["group"]) == (label, group)
-    assert found["better"] == ("lower" if group == comparison.LIKENESS or "drift" in key else "higher")
+    assert found["better"] == (
+        "lower" if group in (comparison.LIKENESS, comparison.RECONSTRUCTED) or "drift" in key else "higher"
+    )
 
 
 def test_distances_are_those_of_metrics_with_paired_differences():

@@ -26,7 +26,7 @@ SCRIPT = ROOT / "train" / "evaluate_fid.py"
 SMALL = [
     "--config", ROOT / "train/configs/scenes.yaml", "--encoders", "truncate", "finelip", "--unets", "base",
     "--num_prompts", 6, "--num_short", 2, "--num_changed", 2, "--num_drift", 1, "--num_inference_steps", 2,
-    "--num_resamples", 4, "--kid_subset_size", 4, "--num_examples", 1, "--batch_size", 4,
+    "--num_resamples", 4, "--kid_subset_size", 4, "--num_examples", 1, "--batch_size", 4, "--ladder", 1,
 ]  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_the_report_has_every_figure_with_its_interval_and_its_difference(straig
     assert found["prompts"]["seeds"] == [0, 5]
     own = found["conditions"]["base/finelip"]["figures"]
     assert own.keys() == {
-        "effnet_fd", "effnet_kid", "found_before", "found_behind", "uncalled", "background", "clip_score/clip",
+        "effnet_fd", "effnet_kid", "effnet_fd/reconstructed", "effnet_kid/reconstructed", "found_before", "found_behind", "uncalled", "background", "clip_score/clip",
         "listening_before/clip", "listening_behind/clip", "short_found", "short_background", "short_clip_score/clip",
         "change", "change_inside", "state_drift", "prediction_drift",
     }  # fmt: skip
@@ -93,7 +93,28 @@ def test_the_report_has_every_figure_with_its_interval_and_its_difference(straig
         assert own[name]["difference"]["value"] == pytest.approx(own[name]["value"] - base, abs=1e-9)
 
 
-def test_truncate_does_not_see_a_change_behind_token_77(straight: Path):
+def test_floors_and_the_ladder_are_distances_of_the_features_kept(straight: Path):
+    floors = report(straight)["floors"]
+    assert set(floors) == {"effnet_fd", "effnet_fd/reconstructed", "effnet_kid", "effnet_kid/reconstructed"}
+    assert set(floors["effnet_fd"]) == {"autoencoder", "halves", "wrong_1"}
+    kept = {
+        name: np.load(straight / "features" / "effnet_fd" / f"{name}.npy")
+        for name in ("reference", "reconstructed", "wrong_1", "wrong_1-reconstructed")
+    }
+    for key, floor, rows, others in (
+        ("effnet_fd", "autoencoder", kept["reconstructed"], kept["reference"]),
+        ("effnet_fd", "halves", kept["reference"][::2], kept["reference"][1::2]),
+        ("effnet_fd", "wrong_1", kept["wrong_1"], kept["reference"]),
+        ("effnet_fd/reconstructed", "wrong_1", kept["wrong_1-reconstructed"], kept["reconstructed"]),
+    ):
+        sides = [side for features in (rows, others) for side in (features.mean(0), np.cov(features.T))]
+        assert floors[key][floor]["value"] == pytest.approx(frechet_distance(*sides), rel=1e-5)
+    for condition in report(straight)["conditions"].values():  # two steps of six images: nothing can be told
+        assert condition["figures"]["effnet_fd"]["floor"] in (None, "autoencoder", "halves")
+    assert "= floor: the figure cannot be told" in (straight / "report.md").read_text()
+
+
+def test_truncate_does_not_see_a_change_after_token_77(straight: Path):
     found = figures(straight)
     assert found["base/truncate", "change"] < 1e-4  # batches of other sizes round otherwise: 0 with torch 2.15
     assert found["base/finelip", "change"] > 0.001
@@ -132,7 +153,7 @@ def test_the_page_shows_the_examples(straight: Path):
     page = Images()
     page.feed((straight / "report.html").read_text())
     assert page.number >= 3 * 3  # best, worst and first, each with a reference and two encoders
-    assert "found behind token 77" in (straight / "report.md").read_text()
+    assert "Found after token 77" in (straight / "report.md").read_text()
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(straight: Path, tmp_path: Path):
@@ -236,6 +257,8 @@ def test_captioned_images_and_a_model_of_ones_own(
         (["--judges", "effnet_fd=bundled/clip"], "have one name"),
         (["--num_prompts", "1"], "--num_prompts is 1"),
         (["--noise", "in_order"], "--num_changed 0"),
+        (["--reference", "drawn"], "--reference is drawn: give original or reconstructed, or both"),
+        (["--ladder", "9"], "--ladder is of scenes, and of 1 to 4 wrong facts"),
         (["--config", "no/such.yaml"], "no/such.yaml"),
     ],
 )

@@ -78,6 +78,7 @@ LINES = {
         "evaluation.retrieval",
         "evaluation.adherence",
         "evaluation.images",
+        "evaluation.references",
         "evaluation.comparison",
         "evaluation.report",
     ],

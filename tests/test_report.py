@@ -1,4 +1,4 @@
-"""The report: three files that say the same, a page that stands alone, words that claim no more than the figures."""
+"""The report: three files that say the same, a page that stands alone, marks that claim no more than figures do."""
 
 import base64
 import copy
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finelip_diffusion.evaluation.report import LARGEST_PICTURE, MARKERS, markdown, tables, verdict, write_report
+from finelip_diffusion.evaluation.report import FLOOR, LARGEST_PICTURE, MARKERS, markdown, tables, write_report
 from finelip_diffusion.scenes import render, sample_scene, vary
 
 PROMPT = "A <script>alert('x')</script> & a <b>red</b> star, " + "far" * 90 + ", then a blue cross at the end."
@@ -74,10 +74,15 @@ def report(tmp_path: Path) -> dict[str, Any]:
         "settings": {"steps": 20, "finelip": None},
         "versions": {"torch": "2.9"},
         "prompts": {"source": "scenes", "n": 2000, "seeds": [0, 1999], "mean_tokens": 101.2, "beyond_77": 0.98},
-        "lead": "found_behind",
+        "floors": {
+            "distance": {
+                "autoencoder": figure(38.0, half=1.0) | {"label": "the references' own reconstructions"},
+                "wrong_1": figure(12.0, half=0.5) | {"label": "pictures with 1 fact wrong"},
+            }
+        },
         "figures": {
             "distance": {"label": "Frechet distance", "group": "Likeness", "better": "lower", "digits": 1},
-            "found_behind": about | {"label": "found behind token 77"},
+            "found_behind": about | {"label": "found after token 77"},
             "short": about | {"label": "found | short", "group": "Short prompts"},
         },
         "baseline": "truncate",
@@ -153,8 +158,12 @@ def test_every_figure_is_in_all_three_files(report: dict, tmp_path: Path) -> Non
     for cell in cells:
         assert any(cell["value"] in found and cell["difference"] in found for found in inside)
         assert f"{cell['value']}" in text and cell["difference"] in text
-    assert "| **0.840** [0.820, 0.860] (▲ +0.830 [+0.810, +0.850]) |" in text
-    assert "found \\| short" in text and "n = 200 is below 2,048" in text and report["command"] in text
+    assert "| **0.840** [0.820, 0.860] | ▲ +0.830 [+0.810, +0.850] | 200 |" in text
+    assert (
+        "### Found | short (higher is better)" in text
+        and "n = 200 is below 2,048" in text
+        and report["command"] in text
+    )
     assert page.texts("h1") == [report["title"]]
     assert page.texts("code") == [report["command"]]
     assert page.texts("h3")[-1] == "Versions"
@@ -175,7 +184,7 @@ def test_the_same_report_gives_the_same_bytes(report: dict, tmp_path: Path) -> N
 
 
 def test_what_is_missing_is_left_out(report: dict, tmp_path: Path) -> None:
-    for key in ("curves", "examples", "changes", "warnings", "settings", "versions", "lead"):
+    for key in ("curves", "examples", "changes", "warnings", "settings", "versions", "floors"):
         del report[key]
     for condition in report["conditions"].values():
         del condition["curves"], condition["about"]
@@ -192,9 +201,8 @@ def test_a_report_without_its_baseline_compares_nothing(report: dict, tmp_path: 
     report["conditions"] = {key: one for key, one in report["conditions"].items() if one["encoder"] == "long"}
     report["conditions"]["base/long"]["figures"]["found_behind"]["difference"] = None
     report["examples"] = report["changes"] = []
-    answer = verdict(report)
-    assert answer["headline"].startswith("Found behind token 77: 0.840 with long $encoder$ on the adapted UNet [")
-    written(report, tmp_path)
+    _, text, _ = written(report, tmp_path)
+    assert "| base | long $encoder$ | **0.640** [0.620, 0.660] |  | 200 |" in text
 
 
 @pytest.mark.parametrize(
@@ -204,7 +212,7 @@ def test_a_report_without_its_baseline_compares_nothing(report: dict, tmp_path: 
         (("conditions", "base/long", "figures", "speed"), figure(1.0), r"base/long has figures .*\['speed'\]"),
         (("conditions", "base/long", "curves", "other"), curve(0, 0, 0, 0), r"base/long has curves .*\['other'\]"),
         (("figures", "short", "better"), "more", "figure short is better when 'more'"),
-        (("lead",), "speed", "the lead is 'speed'"),
+        (("floors", "speed"), {}, r"floors are given for \['speed'\]"),
         (("examples", 0, "images", "base/other"), "a.png", r"prompt 17 has images of \['base/other'\]"),
         (("examples", 0, "reference"), "none.png", r"none\.png: missing file"),
         (("changes", 0, "images", "base/long"), ["reference.png", "large.png"], "prompt 3 has pictures of"),
@@ -245,47 +253,7 @@ def test_a_full_disk_leaves_the_report_before(report: dict, tmp_path: Path) -> N
     assert (tmp_path / "report.json").read_bytes() == before
 
 
-# -------------------------------------------------------------------------------------------------------------- words
-
-
-def test_the_verdict_says_what_the_figures_say(report: dict) -> None:
-    answer = verdict(report)
-    assert answer["headline"] == (
-        "Found behind token 77: 0.840 with long $encoder$ on the adapted UNet, against 0.010 with truncate $encoder$; "
-        "higher by 0.830 [0.810, 0.850]."
-    )
-    base = dict(answer["unets"]["base"])
-    assert base["Likeness"] == (
-        "Frechet distance: 33.6 with long $encoder$, against 39.9 with truncate $encoder$; "
-        "lower, so better, by 6.3 [4.8, 7.8]."
-    )
-    assert base["Short prompts"].endswith("no difference that n = 200 could show.")
-    assert base["The price"] == (
-        "Of the 3 figures with a paired interval, long $encoder$ is worse than truncate $encoder$ in none; "
-        "in 1 the interval holds 0."
-    )
-
-
-def test_the_verdict_names_what_is_lost(report: dict) -> None:
-    report["conditions"]["base/long"]["figures"]["short"] = figure(0.86, 0.96)
-    report["conditions"]["base/chunk"]["figures"]["short"] = figure(0.80, 0.96)
-    base = dict(verdict(report)["unets"]["base"])
-    assert base["Short prompts"].endswith("lower by 0.100 [0.080, 0.120].")
-    assert "in 1: found | short (lower by 0.100 [0.080, 0.120])." in base["The price"]
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [(0.05, "the two intervals lie apart"), (0.02, "the two intervals overlap"), (None, "without an interval")],
-)
-def test_without_a_paired_difference_the_intervals_are_compared(report: dict, value: float | None, words: str) -> None:
-    own = figure(0.05 if value is None else value, half=0.005)
-    if value is None:
-        own["low"] = own["high"] = None
-    report["conditions"]["base/truncate"]["figures"]["found_behind"] = figure(0.01, half=0.01)
-    report["conditions"]["base/long"]["figures"]["found_behind"] = own
-    report["conditions"]["base/chunk"]["figures"]["found_behind"] = None
-    assert words in dict(verdict(report)["unets"]["base"])["Adherence"]
+# -------------------------------------------------------------------------------------------------------------- marks
 
 
 def test_signs_stand_only_where_an_interval_excludes_zero(report: dict) -> None:
@@ -298,10 +266,30 @@ def test_signs_stand_only_where_an_interval_excludes_zero(report: dict) -> None:
     assert marked["Frechet distance", "base", "long"] == "better"
     assert marked["found | short", "base", "chunk"] == "open"
     assert marked["found | short", "base", "truncate"] is None
-    for line in markdown(report).splitlines():
-        for sign, low, high in re.findall(r"\(([▲▼]?) ?[+−\d.]+ \[([+−\d.]+), ([+−\d.]+)\]\)", line):
-            ends = [float(end.replace("−", "-")) for end in (low, high)]
-            assert bool(sign) == (ends[0] * ends[1] > 0)
+    found = re.findall(r"\| ([▲▼]?) ?[+−][\d.]+ \[([+−\d.]+), ([+−\d.]+)\] \|", markdown(report))
+    assert len(found) > 8
+    for sign, low, high in found:
+        ends = [float(end.replace("−", "-")) for end in (low, high)]
+        assert bool(sign) == (ends[0] * ends[1] > 0)
+
+
+def test_floors_stand_below_their_table_and_mark_what_says_nothing(report: dict, tmp_path: Path) -> None:
+    report["conditions"]["base/truncate"]["figures"]["distance"]["floor"] = "autoencoder"
+    _, text, page = written(report, tmp_path)
+    assert f"| base | truncate $encoder$ | 39.9 [38.4, 41.4] {FLOOR} |" in text
+    assert "| floor | the references' own reconstructions | 38.0 [37.0, 39.0] |  | 200 |" in text
+    assert "|  | pictures with 1 fact wrong | 12.0 [11.5, 12.5] |  | 200 |" in text
+    assert text.count(FLOOR) == 2  # the mark and its explanation
+    cells = [cell for cell in page.texts("td") if FLOOR in cell]
+    assert len(cells) == 1 and "39.9" in cells[0]
+    assert any(
+        "floor, the references' own reconstructions: 38.0" in note for note in page.texts("p", **{"class": "note"})
+    )
+
+
+def test_tables_in_markdown_have_five_columns_at_most(report: dict) -> None:
+    rows = [line for line in markdown(report).splitlines() if line.startswith("|")]
+    assert rows and max(line.replace("\\|", "").count("|") for line in rows) <= 6
 
 
 def test_the_best_of_each_unet_is_bold(report: dict) -> None:

@@ -62,6 +62,7 @@ from finelip_diffusion.evaluation.images import (
     read_conditions,
     save_image,
 )
+from finelip_diffusion.evaluation.references import REFERENCES, Autoencoder, load_autoencoder, with_wrong_facts
 from finelip_diffusion.evaluation.report import write_report
 from finelip_diffusion.files import writing
 from finelip_diffusion.metrics import state_drift
@@ -102,7 +103,9 @@ class Arguments(Settings):
     max_bad_fraction: float = field(default=0.01, metadata={"help": "Of examples that may be unusable."})
     num_prompts: int = field(default=1000, metadata={"help": "The first so many, one for each reference image."})
     num_short: int = field(default=200, metadata={"help": "Short prompts, to see what is lost; 0 leaves them out."})
-    num_changed: int = field(default=100, metadata={"help": "Prompts drawn again with one thing behind 77 changed."})
+    num_changed: int = field(
+        default=100, metadata={"help": "Prompts drawn again with one thing after token 77 changed."}
+    )
     num_drift: int = field(default=32, metadata={"help": "Short prompts on which drift is measured."})
     batch_size: int = field(default=8, metadata={"help": "Images at once; changes nothing but time."})
     features: list[str] = field(
@@ -111,6 +114,17 @@ class Arguments(Settings):
     )
     judges: list[str] = field(
         default_factory=list, metadata={"help": "[NAME=]SOURCE of CLIPs that score images, of any length."}
+    )
+    reference: list[str] = field(
+        default_factory=lambda: list(REFERENCES),
+        metadata={
+            "help": "What distances are taken to: the original reference images, and the references reconstructed by "
+            "the model's autoencoder, which whatever the model draws has gone through."
+        },
+    )
+    ladder: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Scenes: distances of pictures with so many facts wrong, such as 1 2 4, as a yardstick."},
     )
     kid_subset_size: int = field(
         default=1000, metadata={"help": "Images in a subset of the kernel distance, at most half."}
@@ -124,6 +138,10 @@ class Arguments(Settings):
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"--{name} is {getattr(self, name)}, but must be at least {bound}.")
+        if not self.reference or set(self.reference) - set(REFERENCES):
+            raise ValueError(f"--reference is {' '.join(self.reference)}: give {' or '.join(REFERENCES)}, or both.")
+        if self.ladder and (self.data != "scenes" or not 1 <= min(self.ladder) <= max(self.ladder) <= MANY[0]):
+            raise ValueError(f"--ladder is of scenes, and of 1 to {MANY[0]} wrong facts.")
         if BASELINE not in self.encoders:
             raise ValueError(f"--encoders lack {BASELINE}, with which all the others are compared: add it.")
         if self.wording not in ("", "sentences") and self.num_changed:
@@ -203,23 +221,44 @@ def scene_prompt(kind: str, index: int, args: Arguments) -> Prompt:
     return Prompt(kind, index, describe(scene, seed, **telling(args.wording)), f"scenes:{args.split}:{seed}", scene)
 
 
-def read_references(args: Arguments, eyes: dict[str, Eye]) -> list[Prompt]:
+def variants(
+    images: list[Image.Image], first: int, args: Arguments, autoencoder: Autoencoder
+) -> Iterator[tuple[str, list[Image.Image]]]:
+    """What is looked at of a batch of references, by name: themselves, reconstructed, and with facts wrong."""
+    yield "reference", images
+    yield "reconstructed", autoencoder(images)
+    for number in args.ladder:
+        scenes = [scene_prompt("long", first + place, args).scene for place in range(len(images))]
+        wrong = [
+            render(with_wrong_facts(scene, number, args.seed + first + place))
+            for place, scene in enumerate(scenes)
+            if scene is not None
+        ]
+        yield f"wrong_{number}", wrong
+        yield f"wrong_{number}/reconstructed", autoencoder(wrong)
+
+
+def read_references(args: Arguments, eyes: dict[str, Eye], autoencoder: Autoencoder) -> list[Prompt]:
     """The long prompts. Decodes every reference image once, before anything is drawn, and keeps what is seen of it.
 
     Raises:
         ValueError: If there are fewer than two, or too many cannot be used.
     """
     file = args.output_dir / "prompts.json"
-    caches = {name: args.output_dir / "features" / name / "reference.npy" for name in eyes}
+    asked = [args.num_prompts, autoencoder.weights]
+    caches = reference_caches(args, eyes)
     saved: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"asked": None}
-    if saved["asked"] != args.num_prompts or not all(cache.exists() for cache in caches.values()):
+    if saved["asked"] != asked or not all(cache.exists() for cache in caches.values()):
         log = SkipLog(args.output_dir / "skipped.jsonl", args.max_bad_fraction)
-        rows: dict[str, list[np.ndarray]] = {name: [] for name in eyes}
-        saved = {"asked": args.num_prompts, "prompts": []}
+        rows: dict[tuple[str, str], list[np.ndarray]] = {key: [] for key in caches}
+        saved = {"asked": asked, "prompts": []}
         examples = iter(tqdm(references(args, log), "references", args.num_prompts, unit="image", mininterval=2))
         while batch := list(islice(examples, 32)):
-            for name, eye in eyes.items():
-                rows[name].append(look(eye, [image for _, _, image in batch]))
+            images = [image.convert("RGB") for _, _, image in batch]
+            for which, some in variants(images, len(saved["prompts"]), args, autoencoder):
+                for name, eye in eyes.items():
+                    if (name, which) in rows:
+                        rows[name, which].append(look(eye, some))
             for text, name, image in batch:
                 image.thumbnail((THUMBNAIL, THUMBNAIL))
                 page = args.output_dir / reference_file(len(saved["prompts"]))
@@ -230,12 +269,24 @@ def read_references(args: Arguments, eyes: dict[str, Eye]) -> list[Prompt]:
             raise ValueError(
                 f"--data {args.data} has {len(saved['prompts'])} images to compare with: give at least 2."
             )
-        for name, cache in caches.items():
-            save_rows(np.concatenate(rows[name]), cache)
+        for key, cache in caches.items():
+            save_rows(np.concatenate(rows[key]), cache)
         write_json(saved, file)
     if args.wording:
         return [scene_prompt("long", index, args) for index in range(len(saved["prompts"]))]
     return [Prompt("long", index, text, name) for index, (text, name) in enumerate(saved["prompts"])]
+
+
+def reference_caches(args: Arguments, eyes: dict[str, Eye]) -> dict[tuple[str, str], Path]:
+    """By eye and kind of reference, where its features are kept; a judge looks at none of them."""
+    kinds = ["reference", "reconstructed"]
+    kinds += [f"wrong_{number}{ending}" for number in args.ladder for ending in ("", "/reconstructed")]
+    return {
+        (name, kind): args.output_dir / "features" / name / f"{kind.replace('/', '-')}.npy"
+        for name, eye in eyes.items()
+        if not isinstance(eye, Judge)
+        for kind in kinds
+    }
 
 
 def further_prompts(long: Sequence[Prompt], args: Arguments, tokenizer: Any) -> dict[str, list[Prompt]]:
@@ -334,7 +385,7 @@ def look_at_all(
 ) -> dict[tuple[str, str, str], np.ndarray]:
     """What every eye makes of every image, (N, D) by eye, condition and kind; each process looks at its share."""
     main, root = accelerator.is_main_process, args.output_dir
-    seen = {(name, "reference", "long"): np.load(root / "features" / name / "reference.npy") for name in eyes}
+    seen = {(name, kind, "long"): np.load(cache) for (name, kind), cache in reference_caches(args, eyes).items()}
     for condition in tqdm(conditions, "looking", disable=not main):
         for name, eye in eyes.items():
             for kind in ("long", "short") if isinstance(eye, Judge) and prompts["short"] else ("long",):
@@ -410,12 +461,13 @@ def main(args: Arguments) -> None:
     )
     conditions = read_conditions(args.model, args.encoders, args.unets)
     eyes = load_eyes(args, accelerator.device)
+    autoencoder = load_autoencoder(args, accelerator.device)
     tokenizer = CLIPTokenizer.from_pretrained(located(args.model), subfolder="tokenizer")
     if accelerator.is_main_process:
         check_sources(args)
-        read_references(args, eyes)
+        read_references(args, eyes, autoencoder)
     accelerator.wait_for_everyone()
-    prompts = further_prompts(read_references(args, eyes), args, tokenizer)
+    prompts = further_prompts(read_references(args, eyes, autoencoder), args, tokenizer)
     drifts = draw_all(conditions, prompts, args, accelerator)
     accelerator.wait_for_everyone()
     seen = look_at_all(conditions, prompts, eyes, args, accelerator)
@@ -423,7 +475,8 @@ def main(args: Arguments) -> None:
         tqdm.write("figures")
         report = compare(
             conditions, prompts, eyes, seen, args.output_dir, tokenizer, drifts,
-            subset_size=args.kid_subset_size, resamples=args.num_resamples, num_examples=args.num_examples,
+            references=args.reference, subset_size=args.kid_subset_size, resamples=args.num_resamples,
+            num_examples=args.num_examples,
         )  # fmt: skip
         n = report["prompts"]["n"]
         report["prompts"] |= {"source": args.data, "seeds": [args.seed, args.seed + n - 1]}

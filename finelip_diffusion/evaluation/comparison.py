@@ -40,21 +40,28 @@ Prompts = Mapping[str, Sequence[Prompt]]
 Seen = Mapping[tuple[str, str, str], np.ndarray]
 """By eye, condition (or `reference`) and kind of prompt: vectors of the images, (N, D)."""
 
-LONG, LIKENESS, SHORT, CHANGED = (
+LONG, LIKENESS, RECONSTRUCTED, SHORT, CHANGED = (
     "Long prompts",
     "Likeness to the reference images",
+    "Likeness to the references as the autoencoder draws them",
     "Short prompts",
     "One word changed",
 )
+FLOORS = {
+    "autoencoder": "the references' own reconstructions by the model's autoencoder",
+    "halves": "one half of the references against the other",
+}
+RECONSTRUCTION = "reconstructed"
+"""Ends the key of a distance to the reconstructed references."""
 _SENTENCE = "CLIPScore of each sentence with its own image less that with another prompt's"
 _FIGURES = {  # in the order of the page: label, group, better, digits, note
-    "found_behind": ("found behind token 77", LONG, "higher", 3, "of what a stock encoder does not read"),
+    "found_behind": ("found after token 77", LONG, "higher", 3, "of what a stock encoder does not read"),
     "found_before": ("found before token 77", LONG, "higher", 3, "shape, colour and size right, in the right cell"),
-    "listening_behind": ("sentences behind token 77", LONG, "higher", 2, _SENTENCE),
+    "listening_behind": ("sentences after token 77", LONG, "higher", 2, _SENTENCE),
     "listening_before": ("sentences before token 77", LONG, "higher", 2, _SENTENCE),
     "clip_score": ("CLIPScore", LONG, "higher", 2, "100 x cosine of image and prompt"),
     "background": ("background", LONG, "higher", 3, "share of images with the background that the prompt names"),
-    "uncalled": ("drawn uncalled", LONG, "lower", 3, "of the cells that the prompt leaves empty"),
+    "uncalled": ("objects not asked for", LONG, "lower", 3, "of the cells that the prompt leaves empty"),
     "fd": ("Frechet distance", LIKENESS, "lower", 2, "between the features of all images and of all references"),
     "kid": ("kernel distance", LIKENESS, "lower", 4, "KID; the interval is that of random subsets"),
     "cmmd": ("CMMD", LIKENESS, "lower", 3, "kernel distance of CLIP embeddings x 1000"),
@@ -64,7 +71,7 @@ _FIGURES = {  # in the order of the page: label, group, better, digits, note
     "prediction_drift": ("drift of the UNet's prediction", SHORT, "lower", 3, "RMS, relative, same noisy latents"),
     "state_drift": ("drift of token states", SHORT, "lower", 3, "RMS distance from the stock encoder's, relative"),
     "state_drift_2": ("drift, second encoder", SHORT, "lower", 3, "RMS distance from the stock encoder's, relative"),
-    "change": ("change of the image", CHANGED, "higher", 4, "RMS of pixels in 0..1, a word behind token 77 changed"),
+    "change": ("change of the image", CHANGED, "higher", 4, "RMS of pixels in 0..1, a word after token 77 changed"),
     "change_inside": ("of it in the right cell", CHANGED, "higher", 3, "share of the squared change; chance is 0.11"),
 }
 
@@ -73,7 +80,7 @@ def _parts(key: str) -> tuple[str, str]:
     """A figure's key is NAME, NAME/JUDGE, or FEATURES_fd and FEATURES_kid of a distance: its name, and of what."""
     name, _, judge = key.partition("/")
     if name in _FIGURES:
-        return name, judge
+        return name, "" if judge == RECONSTRUCTION else judge
     if name == "fid":
         return "fd", "Inception"
     features, _, kind = name.rpartition("_")
@@ -86,7 +93,22 @@ def about(key: str) -> dict[str, Any]:
     label, group, better, digits, note = _FIGURES[name]
     if of:
         label += f", {of}" if group == LIKENESS else f", judged by {of}"
+    if key.endswith(f"/{RECONSTRUCTION}"):
+        group, note = RECONSTRUCTED, note.replace("references", "reconstructed references")
     return {"label": label, "group": group, "better": better, "digits": digits, "note": note}
+
+
+def floor_label(name: str) -> str:
+    """What a floor, or a rung of the ladder of wrong facts, is a distance of."""
+    if name in FLOORS:
+        return FLOORS[name]
+    number = int(name.removeprefix("wrong_"))
+    return f"rendered pictures with {number} {'fact' if number == 1 else 'facts'} wrong"
+
+
+def _place(key: str) -> tuple[int, bool]:
+    """Where a figure stands on the page."""
+    return list(_FIGURES).index(_parts(key)[0]), key.endswith(f"/{RECONSTRUCTION}")
 
 
 @dataclass
@@ -178,7 +200,12 @@ def _side(points: Iterable[Sequence[tuple[int, float]]], behind: bool) -> list[l
 
 
 def distances(
-    name: str, seen: Mapping[str, np.ndarray], reference: np.ndarray, baseline: str, subset_size: int, resamples: int
+    name: str,
+    seen: Mapping[str, np.ndarray],
+    reference: np.ndarray,
+    baseline: str | None,
+    subset_size: int,
+    resamples: int,
 ) -> dict[str, dict[str, Figure]]:
     """Distances of each condition's images from the references, by condition and figure.
 
@@ -186,7 +213,7 @@ def distances(
         name: of the features.
         seen: by condition, (N, D).
         reference: (N, D), row by row those of the same prompts.
-        baseline: a condition.
+        baseline: a condition, or None.
         subset_size: of the kernel distance, at most half of the images: larger subsets are nearly the same ones.
         resamples: of the bootstrap of the Frechet distance.
     """
@@ -199,13 +226,75 @@ def distances(
     if subset_size >= 2:
         kid = {key: kernel_distance(own, reference, subset_size) for key, own in seen.items()}
         subsets = {key: np.array(value.pop("subsets")) for key, value in kid.items()}
+        own_name = "inception_kid" if name == "fid" else f"{name.removesuffix('_fd')}_kid"
         for key, value in kid.items():
-            difference = subsets[key] - subsets[baseline]
-            low, high = np.quantile(difference, (0.025, 0.975))
-            paired = {"value": float(difference.mean()), "low": float(low), "high": float(high)}
-            own_name = "inception_kid" if name == "fid" else f"{name.removesuffix('_fd')}_kid"
-            found[key][own_name] = value | {"difference": None if key == baseline else paired}
+            paired = None
+            if baseline not in (None, key):
+                difference = subsets[key] - subsets[baseline]
+                low, high = np.quantile(difference, (0.025, 0.975))
+                paired = {"value": float(difference.mean()), "low": float(low), "high": float(high)}
+            found[key][own_name] = value | {"difference": paired}
     return found
+
+
+def likeness(
+    name: str,
+    seen: Seen,
+    conditions: Sequence[Condition],
+    references: Sequence[str],
+    subset_size: int,
+    resamples: int,
+) -> tuple[dict[str, dict[str, Figure]], dict[str, dict[str, Figure]]]:
+    """Distances of every condition to every kind of reference, and what distances say nothing.
+
+    Args:
+        name: of the features.
+        seen: of the references under `reference`, `reconstructed`, and `wrong_N` and `wrong_N/reconstructed` of
+            pictures with N facts wrong, where there are such.
+        conditions: each UNet with the baseline among its encoders.
+        references: `"original"`, `"reconstructed"` or both.
+        subset_size: of the kernel distance.
+        resamples: of the bootstrap.
+
+    Returns:
+        By condition and figure, and by figure and name of a floor. A figure whose interval reaches the floor of the
+        autoencoder, or overlaps that of the halves, has the floor's name under `floor`: it cannot be told from it.
+    """
+    found: dict[str, dict[str, Figure]] = {each.name: {} for each in conditions}
+    all_floors: dict[str, dict[str, Figure]] = {}
+    sets = {which: rows for (eye, which, _), rows in seen.items() if eye == name}
+    for kind in references:
+        ending = "" if kind == "original" else f"/{RECONSTRUCTION}"
+        reference = sets["reference" if kind == "original" else RECONSTRUCTION]
+        half = len(reference) // 2
+        lower = {"halves": (reference[0 : 2 * half : 2], reference[1 : 2 * half : 2])}
+        if kind == "original" and RECONSTRUCTION in sets:
+            lower["autoencoder"] = (sets[RECONSTRUCTION], reference)
+        for which, rows in sets.items():
+            if which.startswith("wrong_") and which.endswith(RECONSTRUCTION) == bool(ending):
+                lower[which.partition("/")[0]] = (rows, reference)
+        floors: dict[str, dict[str, Figure]] = {}
+        for floor, (rows, others) in lower.items():
+            for key, value in distances(name, {floor: rows}, others, None, subset_size, resamples)[floor].items():
+                floors.setdefault(key, {})[floor] = value
+        for unet in dict.fromkeys(each.unet for each in conditions):
+            own = {each.name: sets[each.name] for each in conditions if each.unet == unet}
+            for condition, figures in distances(
+                name, own, reference, f"{unet}/{BASELINE}", subset_size, resamples
+            ).items():
+                for key, value in figures.items():
+                    found[condition][key + ending] = value | {"floor": _floor(key, value, floors.get(key, {}))}
+        all_floors |= {key + ending: value for key, value in floors.items()}
+    return found, all_floors
+
+
+def _floor(key: str, figure: Figure, floors: Mapping[str, Figure]) -> str | None:
+    """The floor that a figure cannot be told from; for KID, whose interval is that of subsets, by its value."""
+    low, high = (figure["value"], figure["value"]) if key.endswith("kid") else (figure["low"], figure["high"])
+    if "autoencoder" in floors and low <= floors["autoencoder"]["high"]:
+        return "autoencoder"
+    halves = floors.get("halves")  # a kernel distance needs four images in each
+    return "halves" if halves is not None and low <= halves["high"] and high >= halves["low"] else None
 
 
 def compare(
@@ -217,6 +306,7 @@ def compare(
     tokenizer: PreTrainedTokenizerBase,
     drifts: Mapping[str, Mapping[str, Sequence[float]]],
     *,
+    references: Sequence[str] = ("original",),
     subset_size: int = 1000,
     resamples: int = 100,
     num_examples: int = 4,
@@ -231,6 +321,7 @@ def compare(
         folder: where the images are.
         tokenizer: counts tokens.
         drifts: by condition and figure, a value for each of the first short prompts.
+        references: what distances are taken to: `"original"` reference images, `"reconstructed"` ones, or both.
         subset_size: of kernel distances.
         resamples: of the bootstrap of Frechet distances.
         num_examples: prompts of each kind on the page.
@@ -258,14 +349,14 @@ def compare(
             },
             "curves": {key: curve(points) for key, points in found.points.items()},
         }
+    floors: dict[str, dict[str, Figure]] = {}
     for name, eye in eyes.items():
         if isinstance(eye, Judge):
             continue
-        for unet in dict.fromkeys(each.unet for each in conditions):
-            own = {each.name: seen[name, each.name, "long"] for each in conditions if each.unet == unet}
-            reference = seen[name, "reference", "long"]
-            for key, figures in distances(name, own, reference, f"{unet}/{BASELINE}", subset_size, resamples).items():
-                shown[key]["figures"] = figures | shown[key]["figures"]
+        found_figures, found_floors = likeness(name, seen, conditions, references, subset_size, resamples)
+        floors |= found_floors
+        for key, figures in found_figures.items():
+            shown[key]["figures"] = figures | shown[key]["figures"]
     keys = dict.fromkeys(key for condition in shown.values() for key in condition["figures"])
     counts = [len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in long]
     curves = dict.fromkeys(key for found in findings.values() for key in found.points)
@@ -275,9 +366,13 @@ def compare(
             "mean_tokens": float(np.mean(counts)),
             "beyond_77": float(np.mean([count > STOCK_CONTENT_TOKENS for count in counts])),
         },
-        "figures": {key: about(key) for key in sorted(keys, key=lambda key: list(_FIGURES).index(_parts(key)[0]))},
+        "figures": {key: about(key) for key in sorted(keys, key=_place)},
         "baseline": BASELINE,
         "conditions": shown,
+        "floors": {
+            key: {name: own | {"label": floor_label(name)} for name, own in named.items()}
+            for key, named in floors.items()
+        },
         "curves": {key: _about_curve(key) for key in curves},
         "warnings": _warnings(len(long), eyes, conditions),
         "examples": _examples(findings, prompts["long"], tokenizer, num_examples),

@@ -6,7 +6,7 @@ other settings or weights are never taken for those that are wanted.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -164,8 +164,13 @@ def load_refiner(settings: Settings, device: torch.device) -> Any:
 
 def fingerprint(pipe: DiffusionPipeline) -> str:
     """Of all weights that a pipeline draws with."""
+    return fingerprint_of(pipe.components)
+
+
+def fingerprint_of(parts: Mapping[str, Any]) -> str:
+    """Of the weights of modules, by name."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, part in sorted(pipe.components.items()):
+    for name, part in sorted(parts.items()):
         if isinstance(part, torch.nn.Module):
             for key, tensor in sorted(part.state_dict().items()):
                 digest.update(f"{name}.{key}".encode())

@@ -1,4 +1,4 @@
-"""The report of an evaluation: every figure as JSON, the tables in Markdown, and one page that explains itself."""
+"""The report of an evaluation: every figure as JSON, the tables in Markdown, and one page of a template."""
 
 import base64
 import json
@@ -15,10 +15,12 @@ from PIL import Image, ImageChops, ImageOps
 from ..data.sources import Unusable, open_image
 from ..files import writing
 from ..scenes import STOCK_CONTENT_TOKENS
+from .intervals import interval, markdown_table, number, shown
 
 BORDER = STOCK_CONTENT_TOKENS + 2  # start and end count: token 77
 SHOWN_AS_PIXELS = 128  # pictures up to this side are kept as they are
 LARGEST_PICTURE = 384  # pixels; larger ones are scaled down to this side
+FLOOR = "= floor"  # marks a figure that says nothing
 SIGNS = {"better": "▲ ", "worse": "▼ ", "open": "", None: ""}
 MARKERS = {"o": "●", "s": "■", "D": "◆", "*": "★", "P": "✚", "X": "✖", "p": "⬟", "h": "⬢"}
 """Of the encoders in order, the baseline first: for matplotlib, and as text. The template has a colour for each."""
@@ -64,8 +66,8 @@ def _check(report: Report) -> None:
     for key, about in figures.items():
         if about["better"] not in ("lower", "higher"):
             raise ValueError(f"figure {key} is better when {about['better']!r}: say 'lower' or 'higher'.")
-    if _lead(report) not in figures:
-        raise ValueError(f"the lead is {_lead(report)!r}, but figures are {list(figures)}: name one of them.")
+    if unknown := set(report.get("floors") or ()) - set(figures):
+        raise ValueError(f"floors are given for {sorted(unknown)}, but figures are {list(figures)}.")
     for name, condition in conditions.items():
         for kind in ("figures", "curves"):
             if unknown := set(condition.get(kind) or ()) - set(report.get(kind) or ()):
@@ -90,11 +92,6 @@ def _figure(condition: dict, key: str) -> dict[str, Any]:
 def _points(condition: dict, key: str) -> list[dict]:
     """A condition's curve; empty where it has none."""
     return (condition.get("curves") or {}).get(key) or []
-
-
-def _lead(report: Report) -> Any:
-    """The figure of the headline: by default the first."""
-    return report.get("lead") or next(iter(report["figures"]), None)
 
 
 def _unets(report: Report) -> list[str]:
@@ -139,24 +136,6 @@ def _ends(figures: Iterable[dict]) -> list[float]:
     return [end for end in found if end is not None]
 
 
-# ------------------------------------------------------------------------------------------------------------- words
-
-
-def _number(value: float | None, digits: int, sign: bool = False) -> str:
-    """A figure as text; "–" where there is none."""
-    if value is None:
-        return "–"
-    rounded = round(value, digits) + 0.0  # no minus before zero
-    return f"{rounded:{'+' if sign and rounded else ''},.{digits}f}".replace("-", "−")
-
-
-def _interval(figure: dict | None, digits: int, sign: bool = False) -> str:
-    """`[low, high]`; empty where there is none."""
-    if figure is None or figure.get("low") is None or figure.get("high") is None:
-        return ""
-    return f"[{_number(figure['low'], digits, sign)}, {_number(figure['high'], digits, sign)}]"
-
-
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -173,96 +152,16 @@ def _prompts_line(report: Report) -> str:
     return ", ".join(parts) + "."
 
 
-def _verdict_note(report: Report) -> str:
-    return (
-        "Of each group one figure, for the encoder that does best in it "
-        f"beside {_baseline_label(report)}; 95% intervals in brackets."
-    )
-
-
 def _tables_note(report: Report) -> str:
-    return (
+    text = (
         "In brackets: 95% intervals. With a sign: paired differences, from the same prompts and noise, to "
         f"{_baseline_label(report)} under the same UNet, marked ▲ (better) or ▼ (worse) if the interval excludes 0. "
         "In bold: the best of its UNet. One interval in twenty excludes 0 by chance, and the best of several is "
         "picked after the fact."
     )
-
-
-def _compared(own: dict, base: dict, about: dict) -> str:
-    """How a figure stands to the baseline's, in words that claim no more than the intervals do."""
-    difference, digits = own.get("difference"), about["digits"]
-    standing = _standing(difference, about["better"])
-    if standing == "open":
-        return f"no difference that n = {own['n']:,} could show"
-    if difference is not None and standing is not None:
-        low, high = sorted(abs(difference[end]) for end in ("low", "high"))
-        way = "higher" if difference["low"] > 0 else "lower"
-        way += "" if about["better"] == "higher" else f", so {standing},"
-        return f"{way} by {_number(abs(difference['value']), digits)} {_interval({'low': low, 'high': high}, digits)}"
-    if not _interval(own, digits) or not _interval(base, digits):
-        return "without an interval to judge by"
-    apart = own["low"] > base["high"] or own["high"] < base["low"]
-    return "the two intervals lie apart" if apart else "the two intervals overlap"
-
-
-def verdict(report: Report) -> dict[str, Any]:
-    """The answer in words, made from the figures alone.
-
-    Each group speaks through its first figure, or the report's `lead`; of the encoders beside the baseline, the best.
-
-    Returns:
-        `headline`, a sentence on the lead over all UNets, and `unets`: by UNet, pairs of (what it is about, sentence),
-        the last on what the encoder that leads there is worse at.
-    """
-    figures = report["figures"]
-    lead = _lead(report)
-    speakers = {figures[key]["group"]: key for key in [*reversed(figures), lead]}  # the last one of a group stays
-    rivals = [one for one in report["conditions"].values() if one["encoder"] != report["baseline"]]
-
-    def sentence(key: str, best: dict, where: str = "") -> str:
-        about = figures[key]
-        own, base = best["figures"][key], _figure(_baseline(report, best["unet"]), key)
-        text = f"{_capital(about['label'])}: {_number(own['value'], about['digits'])} with {best['label']}{where}"
-        if not base:
-            return f"{text} {_interval(own, about['digits'])}".rstrip() + "."
-        against = f"against {_number(base['value'], about['digits'])} with {_baseline_label(report)}"
-        return f"{text}, {against}; {_compared(own, base, about)}."
-
-    unets: dict[str, list[tuple[str, str]]] = {unet: [] for unet in _unets(report)}
-    for unet, pairs in unets.items():
-        here = [one for one in rivals if one["unet"] == unet]
-        for group in dict.fromkeys(about["group"] for about in figures.values()):
-            key = speakers[group]
-            if best := _best(here, key, figures[key]["better"]):
-                pairs.append((group, sentence(key, best)))
-        if best := _best(here, lead, figures[lead]["better"]):
-            pairs.append(("The price", _price(report, best)))
-    headline = "Nothing was compared."
-    if best := _best(rivals, lead, figures[lead]["better"]):
-        headline = sentence(lead, best, f" on the {best['unet']} UNet" if len(unets) > 1 else "")
-    return {"headline": headline, "unets": unets}
-
-
-def _price(report: Report, condition: dict) -> str:
-    """What a condition is worse at than the baseline."""
-    name, baseline = condition["label"], _baseline_label(report)
-    standings = {
-        key: _standing(_figure(condition, key).get("difference"), about["better"])
-        for key, about in report["figures"].items()
-    }
-    judged = [key for key, standing in standings.items() if standing is not None]
-    if not judged:
-        return f"Nothing here says what {name} loses against {baseline}: no figure has a paired interval."
-    worse = [
-        f"{about['label']} ({_compared(condition['figures'][key], {}, about)})"
-        for key, about in report["figures"].items()
-        if standings[key] == "worse"
-    ]
-    unclear = sum(standing == "open" for standing in standings.values())
-    text = f"Of the {len(judged)} figures with a paired interval, {name} is worse than {baseline} in "
-    text += f"{len(worse)}: {', '.join(worse)}" if worse else "none"
-    return f"{text}; in {unclear} the interval holds 0." if unclear else f"{text}."
+    if report.get("floors"):
+        text += f" {FLOOR}: the figure cannot be told from a floor below its table, so it says nothing."
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -272,7 +171,8 @@ def tables(report: Report) -> list[dict[str, Any]]:
     """The figures as text, a table for each group.
 
     Returns:
-        `group`, `columns` (a figure's description, and `n`) and, by UNet, `rows`: pairs of a condition and its cells.
+        `group`, `columns` (a figure's description, `n`, and `floors`) and, by UNet, `rows`: pairs of a condition and
+        its cells.
     """
     conditions, found = report["conditions"].values(), []
     for group in dict.fromkeys(about["group"] for about in report["figures"].values()):
@@ -284,7 +184,10 @@ def tables(report: Report) -> list[dict[str, Any]]:
         found.append(
             {
                 "group": group,
-                "columns": [about | {"n": _sizes(report, key)} for key, about in columns.items()],
+                "columns": [
+                    about | {"n": _sizes(report, key), "floors": _floors(report, key)}
+                    for key, about in columns.items()
+                ],
                 "rows": rows,
             }
         )
@@ -297,27 +200,42 @@ def _sizes(report: Report, key: str) -> str:
     return " to ".join(f"{size:,}" for size in dict.fromkeys([*sizes[:1], *sizes[-1:]])) or "–"
 
 
+def _floors(report: Report, key: str) -> list[dict[str, Any]]:
+    """What a distance comes to where it says nothing, and with facts wrong, as text."""
+    digits = report["figures"][key]["digits"]
+    found = (report.get("floors") or {}).get(key) or {}
+    return [
+        {
+            "label": own["label"],
+            "text": shown(own, digits),
+            "n": f"{own['n']:,}",
+            "floor": not name.startswith("wrong_"),
+        }
+        for name, own in found.items()
+    ]
+
+
 def _cell(report: Report, condition: dict, key: str) -> dict[str, Any]:
     """One figure of one condition as text.
 
     Returns:
-        `value`, whether it is the `best` under its UNet, `interval`, `difference`, the `standing` of that, and
-        `strip`, what a small picture of it shows.
+        `value`, whether it is the `best` under its UNet, `interval`, `difference`, the `standing` of that, `n`, the
+        `floor` that it cannot be told from, and `strip`, what a small picture of it shows.
     """
     about, own = report["figures"][key], _figure(condition, key)
     digits, value, difference = about["digits"], own.get("value"), own.get("difference")
     neighbours = (one for one in report["conditions"].values() if one["unet"] == condition["unet"])
     best = _best(neighbours, key, about["better"])
-    shown = ""
-    if difference is not None and difference["value"] is not None:
-        shown = f"{_number(difference['value'], digits, True)} {_interval(difference, digits, True)}".rstrip()
+    known = difference is not None and difference["value"] is not None
     return {
-        "value": _number(value, digits),
+        "value": number(value, digits),
         "best": value is not None
         and best is not None
-        and _number(value, digits) == _number(best["figures"][key]["value"], digits),
-        "interval": _interval(own, digits),
-        "difference": shown,
+        and number(value, digits) == number(best["figures"][key]["value"], digits),
+        "interval": interval(own, digits),
+        "difference": shown(difference, digits, True) if known else "",
+        "n": f"{own['n']:,}" if own.get("n") is not None else "",
+        "floor": own.get("floor"),
         "standing": _standing(difference, about["better"]),
         "strip": _strip(report, condition, key),
     }
@@ -343,45 +261,50 @@ def _strip(report: Report, condition: dict, key: str) -> dict[str, float] | None
 
 
 def markdown(report: Report) -> str:
-    """The report without its pictures: the verdict, tables, curves as tables, and the command."""
-    answer = verdict(report)
+    """The report without its pictures: a table for each figure, curves as tables, and the command."""
     lines = [f"# {report['title']}", "", _prompts_line(report), ""]
     for warning in report.get("warnings") or ():
         lines += [f"> {warning}", ""]
-    lines += [f"**{answer['headline']}**", "", _verdict_note(report), ""]
-    for unet, pairs in answer["unets"].items():
-        lines += [f"On the {unet} UNet:", "", *(f"- {about}. {text}" for about, text in pairs), ""]
-    for table in tables(report):
-        heads = [f"{one['label']} ({one['better']} is better)" for one in table["columns"]]
-        rows = [
-            [unet, one["label"], *map(_cell_text, cells)]
-            for unet, rows in table["rows"].items()
-            for one, cells in rows
-        ]
-        sizes = ["", "n", *(one["n"] for one in table["columns"])]
-        lines += [f"## {table['group']}", "", *_grid(["UNet", "encoder", *heads], [*rows, sizes]), ""]
-        if notes := [f"- {_capital(one['label'])}: {one['note']}" for one in table["columns"] if one.get("note")]:
-            lines += [*notes, ""]
     lines += [_tables_note(report), ""]
+    for table in tables(report):
+        lines += [f"## {table['group']}", ""]
+        for place, column in enumerate(table["columns"]):
+            lines += [f"### {_capital(column['label'])} ({column['better']} is better)", ""]
+            lines += [f"{_capital(column['note'])}.", ""] if column.get("note") else []
+            heads = ["UNet", "encoder", "value", f"less {_baseline_label(report)}", "n"]
+            rows = [
+                [unet, one["label"], _value_text(cells[place]), _difference_text(cells[place]), cells[place]["n"]]
+                for unet, rows in table["rows"].items()
+                for one, cells in rows
+            ]
+            rows += [["floor" if each["floor"] else "", each["label"], each["text"], "", each["n"]]
+                     for each in column["floors"]]  # fmt: skip
+            lines += [*markdown_table(heads, rows), ""]
     for curve in _curves(report):
-        heads = [f"tokens {first} to {last}" for first, last in curve["bins"]]
-        rows = [[one["unet"], one["label"], *cells] for one, cells in curve["rows"]]
-        lines += [f"## {_capital(curve['label'])}", "", *_grid(["UNet", "encoder", *heads], rows), ""]
+        lines += [f"## {_capital(curve['label'])}", ""]
+        for unet in dict.fromkeys(one["unet"] for one, _ in curve["rows"]):
+            drawn = [(one, cells) for one, cells in curve["rows"] if one["unet"] == unet]
+            for first in range(0, len(drawn), 4):
+                some = drawn[first : first + 4]
+                heads = [f"tokens, {unet} UNet", *(one["label"] for one, _ in some)]
+                rows = [
+                    [f"{bounds[0]} to {bounds[1]}", *(cells[place] for _, cells in some)]
+                    for place, bounds in enumerate(curve["bins"])
+                ]
+                lines += [*markdown_table(heads, rows), ""]
     lines += ["## How to reproduce", "", f"    {report['command']}", ""]
     if report.get("versions"):
         lines += [", ".join(f"{name} {version}" for name, version in report["versions"].items()), ""]
     return "\n".join(lines)
 
 
-def _cell_text(cell: dict[str, Any]) -> str:
+def _value_text(cell: dict[str, Any]) -> str:
     text = f"{'**' * cell['best']}{cell['value']}{'**' * cell['best']} {cell['interval']}".rstrip()
-    return f"{text} ({SIGNS[cell['standing']]}{cell['difference']})" if cell["difference"] else text
+    return f"{text} {FLOOR}" if cell["floor"] else text
 
 
-def _grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (heads, ["---"] * len(heads), *rows)]
-    return [f"| {' | '.join(line)} |" for line in escaped]
+def _difference_text(cell: dict[str, Any]) -> str:
+    return f"{SIGNS[cell['standing']]}{cell['difference']}" if cell["difference"] else ""
 
 
 # ------------------------------------------------------------------------------------------------------------ curves
@@ -399,10 +322,7 @@ def _curves(report: Report) -> list[dict[str, Any]]:
         bins = sorted({(point["from"], point["to"]) for one in drawn for point in _points(one, key)})
         rows = []
         for one in drawn:
-            texts = {
-                (point["from"], point["to"]): f"{_number(point['value'], 3)} {_interval(point, 3)}".rstrip()
-                for point in _points(one, key)
-            }
+            texts = {(point["from"], point["to"]): shown(point) for point in _points(one, key)}
             rows.append((one, [texts.get(place, "–") for place in bins]))
         if rows:
             found.append({**about, "key": key, "bins": bins, "rows": rows})
@@ -418,8 +338,8 @@ def _panel(report: Report, key: str, unet: str) -> dict[str, str]:
             lines.append((_encoders(report).index(one["encoder"]) % len(MARKERS), one["label"], points))
             first, last = points[0], points[-1]
             said.append(
-                f"{one['label']} has {_number(first['value'], 3)} at tokens {first['from']} to {first['to']} "
-                f"and {_number(last['value'], 3)} at tokens {last['from']} to {last['to']}"
+                f"{one['label']} has {number(first['value'], 3)} at tokens {first['from']} to {first['to']} "
+                f"and {number(last['value'], 3)} at tokens {last['from']} to {last['to']}"
             )
     ends = [0.0, *_ends(point for one in report["conditions"].values() for point in _points(one, key))]
     room = 0.04 * (max(ends) - min(ends)) or 1.0  # one range for all UNets, so that panels compare at a glance
@@ -523,8 +443,7 @@ def page(report: Report, folder: Path) -> str:
         report=report,
         baseline=_baseline_label(report),
         prompts=_prompts_line(report),
-        verdict=verdict(report),
-        verdict_note=_verdict_note(report),
+        floor=FLOOR,
         encoders=[first[encoder] for encoder in encoders if encoder in first],
         places=encoders,
         markers=list(MARKERS.values()),
