@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from .encoding import PromptEmbeds
-from .lengthening import STOCK, check_lengths, check_widths, default_settings, in_place, is_stock
+from .lengthening import STOCK, Place, check_lengths, check_widths, default_settings, in_place, is_stock
 from .prompt_encoder import PromptEncoder, joined_signature, own_encode_prompt
 from .prompts import LongPrompt, PromptReport, Weighting
 from .text_encoder import TextEncoder
@@ -70,7 +70,7 @@ def attach(
     if finelip is not None and "text_encoder" not in clips:
         raise ValueError(f"{kind} has no text_encoder that finelip={finelip} could replace.")
     first, *others = clips
-    places = {}
+    places: dict[str, Place] = {}
     for name in clips:
         tokenizer = name.replace("text_encoder", "tokenizer")
         places[name] = in_place(
@@ -105,7 +105,8 @@ def attach(
     )
     if not every:
         if hasattr(pipe, "tokenizer_max_length"):  # SD3 and Flux note when they are made what CLIP reads
-            pipe.tokenizer_max_length = places[first].text_encoder.config.max_position_embeddings
+            encoder: Any = places[first].text_encoder
+            pipe.tokenizer_max_length = encoder.config.max_position_embeddings
         return pipe
     for name, place in long.items():  # beside the components: diffusers' class has no place for them
         window = name != first and settings.second_encoder == "window"

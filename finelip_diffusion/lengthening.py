@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from .positions import STOCK_POSITIONS, stretch_positions
-from .prompts import PromptSettings
+from .prompts import LongPrompt, PromptSettings
 from .text_encoder import TextEncoder, check_width, load_text_encoder, text_embeddings, text_layers
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def in_place(
     return Place(long, its_tokenizer, stock_text_encoder, stock_tokenizer, finelip is not None)
 
 
-def default_settings(long_prompt: str | None, first: Place, second: Place | None = None) -> PromptSettings:
+def default_settings(long_prompt: LongPrompt | None, first: Place, second: Place | None = None) -> PromptSettings:
     """The strategy that was asked for, or the best that the encoders can do: a trained long encoder reads prompts
     best, then come windows of a stock one, and last an encoder that was stretched and never trained."""
     why = ""
@@ -182,7 +182,8 @@ def nobody_trained(text_encoder: TextEncoder | None, stock: TextEncoder | None) 
     if expected.shape != new.shape:
         return False
     rounding = 4 * torch.finfo(new.dtype).eps * float(new.abs().max())  # stretched in one dtype, kept in another
-    (last, its_last) = (text_layers(each)[-1].mlp.fc1.weight for each in (stock, text_encoder))
+    last_layers: list[Any] = [text_layers(each)[-1] for each in (stock, text_encoder)]
+    last, its_last = (layer.mlp.fc1.weight for layer in last_layers)
     return torch.allclose(expected.to(new), new, rtol=0, atol=rounding) and torch.equal(last.to(its_last), its_last)
 
 

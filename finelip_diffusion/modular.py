@@ -85,5 +85,9 @@ class FineLIPStableDiffusionXLTextEncoderStep(StableDiffusionXLTextEncoderStep):
 
 
 def _place(components: Any, ending: str) -> Place:
-    names = (f"{stock}{part}{ending}" for stock in ("", STOCK) for part in ("text_encoder", "tokenizer"))
-    return Place(*(getattr(components, name, None) for name in names), chosen=False)
+    long, tokenizer, stock, its_tokenizer = (
+        getattr(components, f"{prefix}{part}{ending}", None)
+        for prefix in ("", STOCK)
+        for part in ("text_encoder", "tokenizer")
+    )
+    return Place(long, tokenizer, stock, its_tokenizer, chosen=False)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import (
@@ -46,7 +46,7 @@ def _setting(name: str, doc: str) -> Any:
     return property(lambda pipe: getattr(pipe.prompt_settings, name), put, doc=doc)
 
 
-def _check(long_prompt: str | None, given: dict[str, Any]) -> None:
+def _check(long_prompt: LongPrompt | None, given: dict[str, Any]) -> None:
     """Refuses settings before anything is loaded."""
     PromptSettings(long_prompt or "stretch").but(weighting=given.get("weighting"), blend=given.get("blend"))
 
@@ -299,7 +299,9 @@ class FineLIPStableDiffusionPipeline(_LongPromptPipeline, StableDiffusionPipelin
         )
         self.register_modules(stock_text_encoder=first.stock_text_encoder, stock_tokenizer=first.stock_tokenizer)
         check_widths([first.text_encoder], unet)
-        self.prompt_settings = default_settings(long_prompt, first).but(weighting=weighting, blend=blend)
+        self.prompt_settings = default_settings(cast(LongPrompt | None, long_prompt), first).but(
+            weighting=weighting, blend=blend
+        )
 
     @with_signature_of(StableDiffusionPipeline.__call__)
     @torch.no_grad()
@@ -472,7 +474,7 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptPipeline, StableDiffusionXLPip
             stock_tokenizer_2=second.stock_tokenizer,
         )
         check_widths([first.text_encoder, second.text_encoder], unet)
-        self.prompt_settings = default_settings(long_prompt, first, second).but(
+        self.prompt_settings = default_settings(cast(LongPrompt | None, long_prompt), first, second).but(
             weighting=weighting, blend=blend, second_encoder=second_encoder, hidden_state=hidden_state
         )
 

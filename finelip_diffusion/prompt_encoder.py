@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -125,8 +125,10 @@ class PromptEncoder:
             encoded = self.encode_prompt(own, (), {**call, "do_classifier_free_guidance": True})
         self.pipeline.maybe_free_model_hooks()
         settings = {name: getattr(self.settings, name) for name in ("long_prompt", "weighting", "blend")}
-        states, pooled = encoded[:2], encoded[2:4] or (None, None)
-        return PromptEmbeds(*states, *pooled, {"encoded": json.dumps(texts | settings, default=str)})
+        states, negative, pooled, negative_pooled = (*encoded, None, None)[:4]
+        return PromptEmbeds(
+            states, negative, pooled, negative_pooled, {"encoded": json.dumps(texts | settings, default=str)}
+        )
 
     def draw(self, own: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """diffusers' `__call__` with the states of whole prompts in the place of texts.
@@ -204,7 +206,7 @@ class PromptEncoder:
         negative_prompt = call.get("negative_prompt")
         zeros = negative_prompt is None and self.pipeline.config.get("force_zeros_for_empty_prompt", False)
         if guided and negative is None and not zeros:
-            size = len(texts[0][0]) if texts[0] else len(states)
+            size = len(texts[0][0]) if texts[0] else len(cast(Tensor, states))
             both = [negative_prompt, call.get("negative_prompt_2") or negative_prompt][: 1 + self._is_xl]
             texts[1] = [_texts(text or "", size) for text in both]
         if texts == [None, None]:
@@ -264,8 +266,8 @@ class PromptEncoder:
             return how, long
         stock_side = self._sources("truncate", True, f"blend={blend}")
         if _drops(stock_side, mixtures):
-            joined = {"cut": "packed", "span_length": long[0].window_length}
-            stock_side = [replace(source, **joined) for source in stock_side]
+            length = long[0].window_length
+            stock_side = [replace(source, cut="packed", span_length=length) for source in stock_side]
         long = [replace(source, share=blend, decides=False) for source in long]
         return how, [*(long if blend > 0 else []), *(replace(source, share=1 - blend) for source in stock_side)]
 
@@ -327,7 +329,8 @@ class PromptEncoder:
         last = self.settings.hidden_state == "last_norm" or not self._is_xl
         layer = -1 if last else -2
         models = {source: self._model(source, device) for source in sources}
-        states, pooled = list(ready), [None, None]
+        states: list[Tensor | None] = list(ready)
+        pooled: list[Tensor | None] = [None, None]
         with _lora_scaled({text_encoder for text_encoder, _ in models.values()}, lora_scale):
             for side, own in enumerate(passes):
                 how = {"device": device, "layer": layer - (0 if side else clip_skip), "norm": last}

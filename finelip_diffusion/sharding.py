@@ -58,7 +58,7 @@ class Sharded:
 
     def weights(self) -> dict[str, Tensor]:
         """Whole weights, in the first process alone; all of them must ask."""
-        state = get_model_state_dict(self.step, options=WHOLE)
+        state: dict[str, Any] = get_model_state_dict(self.step, options=WHOLE)
         return {name: tensor if tensor.ndim else tensor.clone() for name, tensor in state.items()}  # scalars are ours
 
 

@@ -3,7 +3,6 @@
 from collections import Counter
 from typing import Any
 
-import diffusers
 from torch import Tensor
 
 

@@ -185,7 +185,7 @@ def tables(by_recipe: dict[str, list[dict[str, Any]]]) -> str:
             [recipe, *(shown(interval(pooled(results, *column))) for column in columns)]
             for recipe, results in by_recipe.items()
         ])  # fmt: skip
-    own = {recipe: score for recipe, results in by_recipe.items() if (score := own_score_of(results[0]))}
+    own = {recipe: found for recipe, results in by_recipe.items() if (found := own_score_of(results[0]))}
     if own:
         add("The score that the recipe trains for", ["recipe, score", *SCORES], [
             [f"{recipe}, {score}", *(shown(interval(pooled(by_recipe[recipe], name.format(score=score), figure)))
@@ -205,21 +205,21 @@ def tables(by_recipe: dict[str, list[dict[str, Any]]]) -> str:
         rows.append([recipe, *cells])
     add("Drift, time and memory", ["recipe", "drift, last", "drift, last but one", "minutes", "MiB"], rows)
     if "finelip" in by_recipe:
-        columns = {f"{column}, FineLIP*": (name.format(score="finelip"), figure)
+        starred = {f"{column}, FineLIP*": (name.format(score="finelip"), figure)
                    for column, (name, figure) in SCORES.items()}  # fmt: skip
-        columns["R@1, global"] = ("whole/global/text_to_image", "R@1")
-        names = list(columns)
+        starred["R@1, global"] = ("whole/global/text_to_image", "R@1")
+        names = list(starred)
         others = [name for name in ABLATIONS if name in by_recipe]
         for part, some in (("", [names[0], names[1], names[4]]), (", further", names[2:4])):
             rows = []
             for other in others:
                 pairs = by_recipe["finelip"], by_recipe[other]
                 cells = [
-                    shown(interval(pooled(pairs[0], *columns[name]) - pooled(pairs[1], *columns[name])), sign=True)
+                    shown(interval(pooled(pairs[0], *starred[name]) - pooled(pairs[1], *starred[name])), sign=True)
                     for name in some
                 ]
                 signs = [
-                    bool(hits(one, *columns[some[0]]).mean() > hits(two, *columns[some[0]]).mean())
+                    bool(hits(one, *starred[some[0]]).mean() > hits(two, *starred[some[0]]).mean())
                     for one, two in zip(*pairs, strict=False)
                 ]
                 rows.append([other, *cells, f"{max(sum(signs), len(signs) - sum(signs))} of {len(signs)}"])

@@ -120,7 +120,7 @@ def resolve_recipe(args: Arguments) -> Recipe:
         "lr_warmup_steps": args.lr_warmup_steps,
         "max_grad_norm": args.max_grad_norm,
     }
-    values = {key: getattr(recipe, key) if flag is None else flag for key, flag in flags.items()}
+    values: dict[str, Any] = {key: getattr(recipe, key) if flag is None else flag for key, flag in flags.items()}
     return replace(recipe, **values, resolved=recipe.resolved | values)
 
 
