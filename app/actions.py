@@ -1,22 +1,27 @@
-"""What happens when somebody types, clicks or calls: between the page's components and the studio."""
+"""What happens when somebody types, clicks or drops a file: between the page's components and the studio."""
 
 import logging
-import threading
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import replace
+from threading import Event
 from typing import Any
+from urllib.parse import parse_qsl
 
 import gradio as gr
 import numpy as np
 import panels
-from gradio.processing_utils import save_bytes_to_cache
-from png_settings import settings_of, to_png
-from studio import MAX_KEPT, Picture, Settings, Step, Stopped, Studio, Visit, as_record, checked_text, new_seed
+import results
+from album import Album, Kept, address, new_request
+from comparison_sheet import sheet
+from png_settings import found_in
+from results import Frame
+from scene_reader import Reader
+from settings import Settings, as_record, as_settings, checked, checked_text, new_seed
+from studio import Picture, Step, Stopped, Studio, Waiting
 
 from finelip_diffusion.prompts import sentence_spans
-from finelip_diffusion.scenes import find_facts, read
 
 logger = logging.getLogger("finelip_diffusion.app")
 
@@ -40,265 +45,307 @@ def readable() -> Iterator[None]:
 
 
 class Actions:
-    """The page's events and its API; each method is one.
+    """The page's events; each public method is one.
 
     Args:
         studio: Draws.
-        name: The model's name, for people and for PNGs.
-        cache: Folder from which gradio serves files.
+        album: Keeps what is drawn.
+        reader: Says what pictures show, where the model draws scenes.
+        start: What the controls hold at first, in the order of `Settings`.
     """
 
-    def __init__(self, studio: Studio, name: str, cache: str) -> None:
-        self.studio, self.name, self.cache = studio, name, cache
+    def __init__(self, studio: Studio, album: Album, reader: Reader | None, start: dict[str, Any]) -> None:
+        self.studio, self.album, self.reader, self.start = studio, album, reader, start
 
-    # ------------------------------------------------------------------------------------------------------ the page
+    # ------------------------------------------------------------------------------------------------------ typing
 
     def meter(self, prompt: str, negative_prompt: str, weighting: str) -> tuple[str, str, str]:
-        """What is read of the prompts, while somebody types."""
+        """What is read of the prompts, and what the model can draw of them, while somebody types."""
         try:
             with readable():
-                prompt = checked_text(prompt, "prompt")
+                text = checked_text(prompt, "prompt")
                 negative_prompt = checked_text(negative_prompt, "negative prompt")
-                stock = self.studio.describe(prompt, "truncate", weighting).readings[0]
-                long = self.studio.describe(prompt, "stretch", weighting).readings[0]
+                stock = self.studio.describe(text, "truncate", weighting).readings[0]
+                long = self.studio.describe(text, "stretch", weighting).readings[0]
                 negative = self.studio.describe(negative_prompt, "stretch", weighting).readings[0]
         except gr.Error as error:
             return panels.note(error.message), "", ""
-        return panels.meter(stock, long), panels.reading(stock, long), panels.negative_meter(negative)
+        advice = self.reader.advice(stock.prompt.text) if self.reader else ""
+        return panels.meter(stock, long, prompt), advice, panels.negative_meter(negative)
 
-    def draw(self, request: gr.Request, keep_seed: bool, *values: Any) -> Iterator[tuple]:
-        """Yields (stage, pictures, kept, seed, which, sentences), step by step."""
-        yield from _told(self._draw(request, keep_seed, values), others=5)
+    # ----------------------------------------------------------------------------------------------------- drawing
 
-    def compare(self, request: gr.Request, keep_seed: bool, *values: Any) -> Iterator[tuple]:
-        """Yields (stage, three pictures, verdict, kept, seed, which, sentences), step by step."""
-        yield from _told(self._compare(request, keep_seed, values), others=8)
-
-    def to_drawn(self, request: gr.Request) -> tuple[gr.Tabs, str]:
-        """Draw was clicked: (tabs, empty stage); from here on, while it waits as well, Stop ends it."""
-        self._begin(request)
-        return gr.Tabs(selected="drawn"), ""
-
-    def to_compared(self, request: gr.Request) -> tuple[gr.Tabs, str]:
-        """Compare was clicked."""
-        self._begin(request)
-        return gr.Tabs(selected="compared"), ""
+    def begin(self, request: gr.Request) -> dict[str, Any]:
+        """Compare or Draw was clicked: what this window drew until now ends, and Stop appears."""
+        self.studio.begin(request.session_hash)
+        return gr.update(visible=True)
 
     def stop(self, request: gr.Request) -> None:
-        """Ends what this window draws, after the step that is under way, and what it waits for."""
+        """Ends what this window draws, after the step that is under way, or at once while it waits."""
         self.studio.visit(request.session_hash).stop.set()
 
-    def choose(self, which: str, request: gr.Request) -> tuple[str, None, str]:
-        """Another picture to listen to: its (sentences, no overlay, no words)."""
-        with readable():
-            return panels.sentences(self._picture(request, which)), None, ""
+    def draw(self, request: gr.Request, state: Any, keep_seed: bool, *values: Any) -> Iterator[tuple]:
+        """Yields (results, history, seed, which, sentences, Stop), step by step."""
+        yield from self._told(request, lambda stop: self._draw(stop, _visitor(state), _settings(keep_seed, values)))
 
-    def hear(self, which: str, event: gr.EventData, request: gr.Request) -> tuple[str, Any, str]:
-        """A sentence was clicked: (sentences, overlay, words)."""
-        with readable():
-            picture, number = self._picture(request, which), event._data.get("sentence")
-            heat, sentence = self._heat(picture, number)
-            words = panels.heard(heat, sentence)
-            shown = gr.Image(panels.overlay(picture.image, heat), alt_text=words)
-            return panels.sentences(picture, number), shown, panels.note(words)
+    def compare(self, request: gr.Request, state: Any, keep_seed: bool, *values: Any) -> Iterator[tuple]:
+        """Yields (results, history, seed, which, sentences, Stop), step by step."""
+        yield from self._told(request, lambda stop: self._compare(stop, _visitor(state), _settings(keep_seed, values)))
 
-    def restore(self, file: bytes) -> tuple:
-        """A PNG was dropped: (keep the seed, all of its settings, a line about them)."""
+    def _told(self, request: gr.Request, draw: Any) -> Iterator[tuple]:
+        """A drawing's events. Where it ends early the last one says why; one that was replaced says nothing more."""
+        visit = self.studio.visit(request.session_hash)
+        stop = visit.stop
         try:
             with readable():
-                settings, model = settings_of(file)
+                for event in draw(stop):
+                    if visit.stop is not stop:
+                        return
+                    yield event
         except gr.Error as error:
-            return *[gr.skip()] * (1 + len(fields(Settings))), panels.note(error.message)
+            if visit.stop is not stop:
+                return
+            frame = Frame("Nothing drawn", error.message)
+            yield results.frames([frame], results.line(error.message)), *[gr.skip()] * 4, gr.update(visible=False)
+            if not isinstance(error.__cause__, Stopped):
+                raise
+
+    def _draw(self, stop: Event, visitor: str, settings: Settings) -> Iterator[tuple]:
+        labels = [f"Seed {settings.seed + number}" for number in range(settings.num_images)]
+        if settings.num_images == 1:
+            labels = [panels.STRATEGIES[settings.long_prompt]]
+        yield from self._drawn(stop, visitor, "draw", [settings], labels)
+
+    def _compare(self, stop: Event, visitor: str, settings: Settings) -> Iterator[tuple]:
+        requests = [replace(settings, long_prompt=name, num_images=1) for name in panels.COMPARED]
+        labels = [panels.STRATEGIES[name] for name in panels.COMPARED]
+        yield from self._drawn(stop, visitor, "compare", requests, labels)
+
+    def _drawn(
+        self, stop: Event, visitor: str, kind: str, requests: list[Settings], labels: list[str]
+    ) -> Iterator[tuple]:
+        """The events of one drawing: frames that fill, then everything that comes with finished pictures."""
+        settings, request, seconds = requests[0], new_request(), 0.0
+        kept: list[Kept] = []
+        shape = self._shape(settings)
+        frames = [Frame(label, "waiting", shape=shape) for label in labels]
+        for event in self.studio.draw(requests, stop):
+            if isinstance(event, Waiting):
+                words = f"Waiting: {event.before} before you."
+            elif isinstance(event, Step):
+                words = f"Drawing {len(kept) + 1} of {len(labels)}." if len(labels) > 1 else "Drawing."
+                frames[len(kept)] = results.under_way(labels[len(kept)], event, shape)
+            else:
+                picture = self.album.add(visitor, event, request, kind, len(kept))
+                self.studio.remember(picture.path.name, event)
+                frames[len(kept)] = results.finished(labels[len(kept)], picture, self.reader)
+                kept.append(picture)
+                seconds += event.seconds
+                continue
+            yield results.frames(frames, words, self._below(kind, settings, kept)), *[gr.skip()] * 5
+        yield (
+            self._shown(kept, f"Drawn in {seconds:.1f} s."),
+            self._history(visitor),
+            settings.seed,
+            *self._to_listen(kept),
+            gr.update(visible=False),
+        )
+
+    def _shown(self, kept: list[Kept], tail: str = "") -> str:
+        """Finished pictures of one drawing, as HTML."""
+        first = kept[0]
+        if first.kind == "compare":
+            labels = [panels.STRATEGIES[picture.settings.long_prompt] for picture in kept]
+            words = f"The same noise, seed {first.settings.seed}. {tail}"
+            if not first.comparison.exists():
+                self.album.write(first.comparison, self._sheet(kept))
+        else:
+            labels = [f"Seed {picture.settings.seed}" for picture in kept]
+            if len(kept) == 1:
+                labels = [panels.STRATEGIES[first.settings.long_prompt]]
+            words = f"Seed {first.settings.seed}. {tail}"
+        frames = [results.finished(label, picture, self.reader) for label, picture in zip(labels, kept, strict=True)]
+        href = address(first.comparison) if first.kind == "compare" else ""
+        return results.frames(frames, results.line(words), self._below(first.kind, first.settings, kept, href))
+
+    def _below(self, kind: str, settings: Settings, kept: list[Kept], href: str = "") -> str:
+        """What stands under a comparison, as far as it is drawn: where to save it, and the table."""
+        if kind != "compare":
+            return ""
+        link = results.save_comparison(href, settings.seed)
+        if not self.reader:
+            return link
+        return link + self.reader.table(
+            settings.text, {picture.settings.long_prompt: picture.image for picture in kept}
+        )
+
+    def _sheet(self, kept: list[Kept]) -> bytes:
+        pictures = {picture.settings.long_prompt: picture for picture in kept}
+        notes = {}
+        if self.reader:
+            notes = {
+                name: [line for line, _ in self.reader.score(picture.settings.text, picture.image)]
+                for name, picture in pictures.items()
+            }
+        return sheet(pictures, notes, pictures["stretch"].settings, self.album.model)
+
+    def _shape(self, settings: Settings) -> tuple[int, int]:
+        """Width and height that a frame has before anything is drawn in it."""
+        return settings.width or settings.height or 1, settings.height or settings.width or 1
+
+    # ---------------------------------------------------------------------------------------------------- listening
+
+    def choose(self, which: str) -> tuple[str, str]:
+        """Another picture to listen to: its (sentences, nothing heard)."""
+        with readable():
+            return panels.sentences(self._picture(which)), ""
+
+    def hear(self, which: str, event: gr.EventData) -> tuple[str, str]:
+        """A sentence was clicked: (sentences, where it was heard)."""
+        with readable():
+            picture, number = self._picture(which), event._data.get("sentence")
+            heat, sentence = heard_in(picture, number)
+            words = panels.heard(heat, sentence)
+            return panels.sentences(picture, number), results.heard(panels.overlay(picture.image, heat), words)
+
+    def _to_listen(self, kept: list[Kept]) -> tuple[Any, str]:
+        choices = [
+            (panels.STRATEGIES[item.settings.long_prompt] + f", seed {item.settings.seed}", item.path.name)
+            for item in kept
+        ]
+        last = self.studio.recall(kept[-1].path.name)
+        sentences = panels.sentences(last) if last else panels.note(FORGOTTEN)
+        return gr.Radio(choices=choices, value=kept[-1].path.name), sentences
+
+    def _picture(self, which: Any) -> Picture:
+        if (picture := self.studio.recall(which)) is None:
+            raise ValueError(FORGOTTEN)
+        return picture
+
+    # --------------------------------------------------------------------------------------- what comes from elsewhere
+
+    def open(self, state: Any, event: gr.EventData) -> tuple:
+        """ "Use these settings" was clicked in the history: (told, keep the seed, all settings)."""
+        try:
+            with readable():
+                settings = self.album.open(_visitor(state), str(event._data.get("name"))).settings
+        except gr.Error as error:
+            return panels.note(error.message), *[gr.skip()] * (1 + len(self.start))
+        return self._filled(settings, "The prompt and all settings of this picture are back.")
+
+    def restore(self, file: bytes) -> tuple:
+        """A picture was dropped: (told, keep the seed, all settings); what it does not say stays as it is."""
+        try:
+            with readable():
+                found, model = found_in(file)
+        except gr.Error as error:
+            return panels.note(error.message), *[gr.skip()] * (1 + len(self.start))
+        values, unread = dict(found.values), list(found.unread)
+        if self.studio.scenes and model is None:
+            unread += [f"{side} {values.pop(side)}" for side in ("width", "height") if values.get(side)]
+        if model is not None:
+            text = "Everything is as it was when this picture was drawn."
+            if model != self.album.model:
+                text = "Prompt and settings are back, but another model drew the picture: it will look different."
+        else:
+            read = ", ".join(panels.NAMES[name] for name in panels.NAMES if values.get(name) not in (None, ""))
+            text = f"Read from {found.program}: {read or 'nothing'}."
+            if unread:
+                text += f" Not read: {', '.join(unread)}."
+        if self.studio.scenes:
+            values["width"] = values["height"] = None
+        controls = [values.get(name, gr.skip()) for name in self.start]
+        return panels.note(text), True if "seed" in values else gr.skip(), *controls
+
+    def _filled(self, settings: Settings, text: str) -> tuple:
         if self.studio.scenes:
             settings = replace(settings, width=None, height=None)
-        text = "Everything is as it was when this picture was drawn."
-        if model != self.name:
-            text = (
-                "Prompt and settings are back, but the picture was drawn with another model: it will look different."
+        return panels.note(text), True, *as_record(settings).values()
+
+    def enter(self, state: Any, link: str) -> tuple:
+        """The page was opened: (state, told, results, history, which, sentences, keep the seed, all settings).
+
+        Args:
+            state: What the browser remembers of the last visit.
+            link: The fragment of the address, which holds prompt and settings where somebody shared them.
+        """
+        state = state if isinstance(state, dict) else {}
+        visitor = state.get("visitor")
+        if not isinstance(visitor, str) or not 16 <= len(visitor) <= 64:
+            visitor = secrets.token_urlsafe(24)
+        told, controls = gr.skip(), self._remembered(state.get("values"))
+        if link := link.lstrip("#"):
+            told, controls = self._linked(link, controls)
+        shown, listened = gr.skip(), (gr.skip(), gr.skip())
+        try:
+            if last := self.album.last(visitor):
+                shown, listened = self._shown(last), self._to_listen(last)
+        except (ValueError, OSError):
+            logger.exception("the last pictures of a visitor could not be shown")
+        fresh = {"visitor": visitor, "values": list(controls), "again": state.get("again")}
+        return fresh, told, shown, self._history(visitor), *listened, *controls
+
+    def _remembered(self, values: Any) -> tuple:
+        """The controls as the browser remembers them; what does not hold is as at first."""
+        names = ["keep_seed", *self.start]
+        if not isinstance(values, list) or len(values) != len(names):
+            return True, *self.start.values()
+        controls: list[Any] = [bool(values[0])]
+        for name, value in zip(names[1:], values[1:], strict=True):
+            try:
+                controls.append(checked(value, name))
+            except ValueError:
+                controls.append(self.start[name])
+        return tuple(controls)
+
+    def _linked(self, link: str, controls: tuple) -> tuple[str, tuple]:
+        """A line about a link, and the controls as it says."""
+        try:
+            values: dict[str, Any] = dict(
+                parse_qsl(link, keep_blank_values=True, strict_parsing=True, max_num_fields=30)
             )
-        return True, *as_record(settings).values(), panels.note(text)
+            for name in ("steps", "seed", "num_images", "width", "height", "guidance_scale"):
+                if name in values:
+                    values[name] = float(values[name])
+            settings = as_settings(self.start | {"prompt": ""} | values)
+        except (ValueError, TypeError) as error:
+            return panels.note(f"This link does not hold valid settings. {error}"), controls
+        told, *filled = self._filled(settings, "Prompt and settings come from the link. Compare draws them.")
+        return told, tuple(filled)
 
     def leave(self, request: gr.Request) -> None:
         """A window was closed."""
         self.studio.leave(request.session_hash)
 
-    # ------------------------------------------------------------------------------------------------------- the API
+    def _history(self, visitor: str) -> str:
+        kept = []
+        for path in self.album.pictures(visitor):
+            try:
+                kept.append(self.album.open(visitor, path.name))
+            except (ValueError, OSError):
+                logger.exception("%s cannot be shown", path)
+        return results.history(kept, self.reader)
 
-    def api_describe(self, prompt: str, long_prompt: str = "stretch", weighting: str = "plain") -> dict:
-        """What a text encoder reads of a prompt: tokens, windows, and the text that is dropped."""
-        with readable():
-            report = self.studio.describe(checked_text(prompt, "prompt"), long_prompt, weighting)
-        return {
-            "tokens": report.tokens,
-            "long_prompt": report.long_prompt,
-            "windows": list(report.windows),
-            "dropped": report.dropped,
-            "report": str(report),
-        }
 
-    def api_draw(
-        self,
-        request: gr.Request,
-        prompt: str,
-        negative_prompt: str = "",
-        steps: int = 20,
-        guidance_scale: float = 3.0,
-        seed: int = 0,
-        num_images: int = 1,
-        long_prompt: str = "stretch",
-        weighting: str = "plain",
-        width: int | None = None,
-        height: int | None = None,
-    ) -> list:
-        """Draws a prompt: PNG files with the prompt and all settings inside, one for each seed from `seed` on."""
-        with readable():
-            settings = Settings(
-                prompt,
-                negative_prompt,
-                steps,
-                guidance_scale,
-                seed,
-                num_images,
-                long_prompt,
-                weighting,
-                width,
-                height,
-            )
-            visit = self._begin(request)
-            pictures = {f"seed {event.settings.seed}": event for event in self._pictures(settings, visit.stop)}
-            visit.pictures = pictures
-            return [_file_data(self._file(picture)) for picture in pictures.values()]
+FORGOTTEN = "The server no longer knows where this picture's sentences were heard: draw it again."
 
-    def api_compare(
-        self,
-        request: gr.Request,
-        prompt: str,
-        negative_prompt: str = "",
-        steps: int = 20,
-        guidance_scale: float = 3.0,
-        seed: int = 0,
-    ) -> dict:
-        """Draws a prompt from the same noise under `truncate`, `chunk` and `stretch`: a PNG file for each."""
-        with readable():
-            settings = Settings(prompt, negative_prompt, steps, guidance_scale, seed)
-            visit = self._begin(request)
-            pictures = {}
-            for long_prompt in panels.COMPARED:
-                (pictures[long_prompt],) = self._pictures(replace(settings, long_prompt=long_prompt), visit.stop)
-            visit.pictures = pictures
-            return {name: _file_data(self._file(picture)) for name, picture in pictures.items()}
 
-    def api_listen(self, request: gr.Request, sentence: int, picture: int = 0) -> dict:
-        """Where the UNet looked for a sentence (from 0) of the picture (from 0) that this client drew last."""
-        with readable():
-            drawn = list(self.studio.visit(request.session_hash).pictures.values())
-            if not 0 <= picture < len(drawn):
-                raise ValueError(f"There is no picture {picture}: this client's last drawing has {len(drawn)}.")
-            heat, text = self._heat(drawn[picture], sentence)
-            return {"sentence": text, "attention": heat.round(6).tolist()}
+def heard_in(picture: Picture, number: Any) -> tuple[np.ndarray, str]:
+    """Where a sentence was heard, and the sentence."""
+    prompt = picture.text
+    spans = sentence_spans(prompt)
+    if not isinstance(number, int) or not 0 <= number < len(spans):
+        raise ValueError(f"There is no such sentence: the prompt has {len(spans)}, counted from 0.")
+    start, stop = spans[number]
+    return picture.maps.of(picture.report, start, stop), prompt[start:stop].strip()
 
-    # ------------------------------------------------------------------------------------------------- what they share
 
-    def _draw(self, request: gr.Request, keep_seed: bool, values: tuple) -> Iterator[tuple]:
-        settings, visit = _settings(keep_seed, values), self.studio.visit(request.session_hash)
-        pictures: dict[str, Picture] = {}
-        for event in self.studio.draw(settings, visit.stop):
-            if isinstance(event, Step):
-                title = f"Picture {len(pictures) + 1} of {settings.num_images}"
-                yield panels.stage(event, title), *[gr.skip()] * 5
-            else:
-                pictures[f"seed {event.settings.seed}"] = event
-        shown = gr.Gallery(self._keep(visit, pictures), selected_index=0)
-        seconds = sum(picture.seconds for picture in pictures.values())
-        which, sentences = self._to_listen(pictures)
-        yield panels.note(f"Drawn in {seconds:.1f} s."), shown, visit.kept, settings.seed, which, sentences
-
-    def _compare(self, request: gr.Request, keep_seed: bool, values: tuple) -> Iterator[tuple]:
-        settings, visit = _settings(keep_seed, values), self.studio.visit(request.session_hash)
-        settings, pictures = replace(settings, num_images=1), {}
-        files: list[Any] = [None] * len(panels.COMPARED)
-        for place, (long_prompt, label) in enumerate(panels.COMPARED.items()):
-            for event in self.studio.draw(replace(settings, long_prompt=long_prompt), visit.stop):
-                if isinstance(event, Step):
-                    yield panels.stage(event, f"{label}, {place + 1} of 3"), *files, *[gr.skip()] * 5
-                else:
-                    pictures[label] = event
-                    files[place] = self._file(event)
-        self._keep(visit, pictures)
-        seconds = sum(picture.seconds for picture in pictures.values())
-        note = panels.note(f"Three pictures from the same noise, seed {settings.seed}, in {seconds:.1f} s.")
-        which, sentences = self._to_listen(pictures, label)
-        yield note, *files, self._verdict(pictures), visit.kept, settings.seed, which, sentences
-
-    def _begin(self, request: gr.Request) -> Visit:
-        """A window, with a stop that nobody has used; it is shared by what the window draws and waits for."""
-        visit = self.studio.visit(request.session_hash)
-        if visit.stop.is_set():
-            visit.stop = threading.Event()
-        return visit
-
-    def _pictures(self, settings: Settings, stop: threading.Event) -> Iterator[Picture]:
-        for event in self.studio.draw(settings, stop):
-            if isinstance(event, Picture):
-                yield event
-
-    def _file(self, picture: Picture) -> str:
-        """Path of the picture's PNG, where gradio serves it."""
-        name = f"finelip-{picture.settings.long_prompt}-seed{picture.settings.seed}.png"
-        return save_bytes_to_cache(to_png(picture, self.name), name, self.cache)
-
-    def _keep(self, visit: Visit, pictures: dict[str, Picture]) -> list[tuple[str, str]]:
-        """Puts pictures in front of the visit's gallery; their files and captions."""
-        visit.pictures = pictures
-        files = [(self._file(picture), label) for label, picture in pictures.items()]
-        visit.kept = [(path, caption) for path, caption in [*files, *visit.kept] if Path(path).exists()][:MAX_KEPT]
-        return files
-
-    def _picture(self, request: gr.Request, which: Any) -> Picture:
-        pictures = self.studio.visit(request.session_hash).pictures
-        if which not in pictures:
-            raise ValueError("This picture is no longer in memory: draw it again.")
-        return pictures[which]
-
-    def _heat(self, picture: Picture, number: Any) -> tuple[np.ndarray, str]:
-        """Where a sentence was heard, and the sentence."""
-        prompt = picture.text
-        spans = sentence_spans(prompt)
-        if not isinstance(number, int) or not 0 <= number < len(spans):
-            raise ValueError(f"There is no such sentence: the prompt has {len(spans)}, counted from 0.")
-        start, stop = spans[number]
-        return picture.maps.of(picture.report, start, stop), prompt[start:stop].strip()
-
-    def _to_listen(self, pictures: dict[str, Picture], which: str | None = None) -> tuple[Any, str]:
-        which = which or next(iter(pictures))
-        return gr.Radio(choices=list(pictures), value=which), panels.sentences(pictures[which])
-
-    def _verdict(self, pictures: dict[str, Picture]) -> str:
-        if not self.studio.scenes:
-            return ""
-        names = {label: name for name, label in panels.COMPARED.items()}
-        shown = {names[label]: read(picture.image) for label, picture in pictures.items()}
-        prompt = next(iter(pictures.values())).text
-        return panels.verdict(find_facts(prompt), shown, self.studio.pipe.tokenizer)
+def _visitor(state: Any) -> str:
+    """Whose album it is; a browser that keeps nothing gets one for this drawing alone."""
+    return (isinstance(state, dict) and state.get("visitor")) or secrets.token_urlsafe(24)
 
 
 def _settings(keep_seed: bool, values: tuple) -> Settings:
     """What the page's controls say, in the order of `Settings`."""
     settings = Settings(*values[:-2], *(size or None for size in values[-2:]))  # browsers send 0 for an empty number
     return settings if keep_seed else replace(settings, seed=new_seed())
-
-
-def _told(events: Iterator[tuple], others: int) -> Iterator[tuple]:
-    """A drawing's events; where it ends early the last one says why, and an error is raised as well."""
-    try:
-        with readable():
-            yield from events
-    except gr.Error as error:
-        yield panels.note(error.message), *[gr.skip()] * others
-        if not isinstance(error.__cause__, Stopped):
-            raise
-
-
-def _file_data(path: str) -> dict:
-    """A file as gradio's clients take it."""
-    return {"path": path, "meta": {"_type": "gradio.FileData"}}

@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,38 +19,40 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio asks for it when it i
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # it makes a table of them after each
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-import example_prompts
+import example
 import gradio as gr
 import panels
+import results
 from actions import Actions
-from studio import BOUNDS, Studio
+from album import Album
+from api import Api
+from example_prompts import PICTURES, SCENES
+from scene_reader import Reader
+from settings import BOUNDS, Settings, as_record
+from studio import MAX_WAITING, Studio
 
-MAX_QUEUE = 40  # requests that wait at once
-MODEL = "model"  # the queue in which everybody waits for the pipeline
-BUTTONS: Any = ["download", "fullscreen"]  # of a picture; gradio's own set has one that publishes it
 GUIDANCE_SCALES = {True: 3.0, False: 7.5}  # by whether the model draws scenes
+MAX_THREADS = 120  # one for each request in line, and some for those who type
+FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp"]
+HINT = "<p class='hint'>Compare draws three times, from the same noise (Ctrl + Enter).</p>"
 
-SHORTCUT = """
-<script>
-document.addEventListener('keydown', event => {
-  if ((event.ctrlKey || event.metaKey) && event.key === 'Enter') {
-    event.preventDefault();
-    document.querySelector('#draw').click();
-  }
-});
-</script>
-"""
-TO_STAGE = """
-() => {
-  const stage = document.querySelector('#stage'), { top } = stage.getBoundingClientRect();
-  if (top < 0 || top > innerHeight / 2) stage.scrollIntoView({ behavior: 'smooth' });
-  return [];
-}
-"""
+# What the browser does by itself: page.js has the functions.
+REMEMBER = "(state, ...values) => page.remember(state, values)"
+BEGIN = "state => page.begin(state, '%s')"
+END = "state => ({ ...state, again: null })"
+ENTER = "state => [state, location.hash]"
+GO_ON = "state => page.goOn(state)"
+COPY_LINK = f"(...values) => page.copyLink({[item.name for item in fields(Settings)]}, values)"
 CLICKED_SENTENCE = """
 element.addEventListener('click', event => {
   const button = event.target.closest('[data-sentence]');
   if (button) trigger('select', { sentence: Number(button.dataset.sentence) });
+});
+"""
+CLICKED_HISTORY = """
+element.addEventListener('click', event => {
+  const button = event.target.closest('[data-use]');
+  if (button) trigger('select', { name: button.dataset.use });
 });
 """
 
@@ -71,10 +74,17 @@ def look() -> dict[str, Any]:
         slider_color="*primary_700",
         checkbox_background_color_selected="*primary_700",
     )
-    return {"theme": theme, "css": Path(__file__).with_name("style.css").read_text(), "head": SHORTCUT}
+    files = {
+        kind: Path(__file__).with_name(name).read_text() for kind, name in (("css", "style.css"), ("js", "page.js"))
+    }
+    head = f"<script>{files['js']}</script>"
+    # A thread for each request that waits in line, and some for those who type.
+    return {"theme": theme, "css": files["css"], "head": head, "footer_links": ["api"], "max_threads": MAX_THREADS}
 
 
-def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max_queue: int = MAX_QUEUE) -> gr.Blocks:
+def build_demo(
+    pipeline: Any, *, name: str = "bundled", scenes: bool = True, max_queue: int = MAX_WAITING
+) -> gr.Blocks:
     """Builds the page; `launch(**look())` opens it.
 
     Args:
@@ -87,141 +97,149 @@ def build_demo(pipeline: Any, *, name: str = "bundled", scenes: bool = True, max
         The page.
     """
     load: Callable[[], Any] = pipeline if not hasattr(pipeline, "describe_prompt") else lambda: pipeline
-    studio = Studio(load, scenes)
-    bounds: dict[str, Any] = {name: {"minimum": least, "maximum": most} for name, (least, most, _) in BOUNDS.items()}
-    # Files of pictures older than a day are deleted, looked after every hour.
+    studio, reader = Studio(load, scenes, max_queue), Reader() if scenes else None
+    examples = SCENES if scenes else PICTURES
+    start = {
+        "guidance_scale": GUIDANCE_SCALES[scenes],
+        "prompt": example.PROMPT if scenes else next(iter(PICTURES.values())),
+    }
+    first = as_record(Settings(**start))
+    # What people drop is deleted after a day, looked after every hour; the album sees to its own files.
     with gr.Blocks(title="Long prompts, seen", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
-        actions = Actions(studio, name, demo.GRADIO_CACHE)
+        album = Album(Path(demo.GRADIO_CACHE) / "finelip-pictures", name)
+        actions, api = Actions(studio, album, reader, first), Api(studio, album)
+        state = gr.BrowserState({}, storage_key="finelip-page", secret="finelip-page")
+        fragment = gr.Textbox(visible=False)
         gr.HTML(
             "<h1>Long prompts, seen</h1><p class='lead'>Stable Diffusion reads 77 tokens of a prompt and drops "
             f"the rest. FineLIP reads 248. Model: <code>{escape(name)}</code></p>"
         )
-        with gr.Row():
-            with gr.Column(scale=5, min_width=320):
+        with gr.Row(elem_id="layout"):
+            with gr.Column(elem_id="ask", min_width=0):
                 prompt = gr.Textbox(
-                    label="Prompt", lines=7, max_lines=18, elem_id="prompt", placeholder="What shall it show?"
-                )
+                    first["prompt"], label="Prompt", lines=8, max_lines=16, elem_id="prompt",
+                    placeholder="What should the picture show?",
+                )  # fmt: skip
                 meter = gr.HTML(panels.note("The model is being loaded."), elem_id="meter")
-                with gr.Row():
-                    draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
-                    compare = gr.Button("Compare", elem_id="compare", min_width=80)
-                    stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
-                gr.HTML("<p class='hint'>Ctrl + Enter draws. Compare draws three times, from the same noise.</p>")
-                reading = gr.HTML(elem_id="reading")
-                examples = example_prompts.SCENES if scenes else example_prompts.PICTURES
+                advice = gr.HTML(reader.advice("") if reader else "", elem_id="advice", visible=scenes)
+                with gr.Row(elem_id="buttons"):
+                    compare = gr.Button("Compare", variant="primary", elem_id="compare", min_width=0)
+                    draw = gr.Button("Draw one", elem_id="draw", min_width=0)
+                    stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=0, visible=False)
+                told = gr.HTML(HINT, elem_id="told")
+            small = "small-pictures" if scenes else ""
+            with gr.Column(elem_id="results", elem_classes=small, min_width=0), gr.Tabs(elem_id="tabs"):
+                with gr.Tab("Pictures", id="pictures"):
+                    shown = gr.HTML(example.shown(reader) if reader else results.empty(), elem_id="shown")
+                with gr.Tab("Listen", id="listen"):
+                    gr.HTML("<p class='lead'>Click a sentence: the picture stays colored where it was heard.</p>")
+                    which = gr.Radio([], label="Picture", elem_id="which")
+                    with gr.Row(elem_id="listening"):
+                        heard = gr.HTML(elem_id="heard")
+                        sentences = gr.HTML(
+                            panels.note("Draw or compare first."), js_on_load=CLICKED_SENTENCE, elem_id="sentences"
+                        )
+                with gr.Tab("History", id="history"):
+                    history = gr.HTML(results.history([], reader), js_on_load=CLICKED_HISTORY, elem_id="kept")
+            with gr.Column(elem_id="more", min_width=0):
                 tries = gr.Dataset(
                     components=[prompt], samples=[[text] for text in examples.values()], type="index",
                     label="Examples", sample_labels=list(examples), elem_id="examples",
                 )  # fmt: skip
-                negative = gr.Textbox(label="Negative prompt", lines=2, elem_id="negative")
-                negative_meter = gr.HTML(elem_id="negative-meter")
-                with gr.Accordion("Settings", open=True):
+                with gr.Row(elem_id="carry"):
+                    file = gr.UploadButton(
+                        "Open a picture", type="binary", file_types=FILE_TYPES, size="sm", elem_id="file", min_width=0
+                    )
+                    link = gr.Button("Copy a link", size="sm", elem_id="link", min_width=0)
+                with gr.Accordion("Settings", open=False, elem_id="settings"):
+                    negative = gr.Textbox(label="Negative prompt", lines=2, elem_id="negative")
+                    negative_meter = gr.HTML(elem_id="negative-meter")
                     strategy = gr.Dropdown(
                         [(text, value) for value, text in panels.STRATEGIES.items()], value="stretch",
-                        label="How the prompt is read", elem_id="strategy",
+                        label="Draw one reads the prompt with", elem_id="strategy",
                     )  # fmt: skip
                     weighting = gr.Dropdown(
                         [(text, value) for value, text in panels.WEIGHTINGS.items()], value="plain",
-                        label="Brackets in prompts are", elem_id="weighting",
+                        label="Brackets in the prompt are", elem_id="weighting",
                     )  # fmt: skip
+                    bounds = {key: {"minimum": least, "maximum": most} for key, (least, most, _) in BOUNDS.items()}
                     with gr.Row():
-                        steps = gr.Slider(**bounds["steps"], value=20, step=1, label="Steps", elem_id="steps")
+                        steps = gr.Slider(
+                            **bounds["steps"], value=first["steps"], step=1, label="Steps", elem_id="steps",
+                            buttons=[], min_width=140,
+                        )  # fmt: skip
                         guidance = gr.Slider(
-                            **bounds["guidance_scale"], value=GUIDANCE_SCALES[scenes], step=0.5, label="Guidance",
-                            elem_id="guidance",
+                            **bounds["guidance_scale"], value=first["guidance_scale"], step=0.5, label="Guidance",
+                            elem_id="guidance", buttons=[], min_width=140,
                         )  # fmt: skip
                     with gr.Row():
-                        seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-                        number = gr.Slider(**bounds["num_images"], value=1, step=1, label="Pictures", elem_id="number")
+                        seed = gr.Number(first["seed"], label="Seed", precision=0, elem_id="seed", min_width=140)
+                        number = gr.Slider(
+                            **bounds["num_images"], value=1, step=1, label="Pictures of Draw", elem_id="number",
+                            buttons=[], min_width=140,
+                        )  # fmt: skip
                     keep_seed = gr.Checkbox(True, label="Keep this seed", elem_id="keep-seed")
                     with gr.Row(visible=not scenes):
-                        width = gr.Number(
-                            None, label="Width in pixels (empty: the model's)", precision=0, elem_id="width"
-                        )
-                        height = gr.Number(
-                            None, label="Height in pixels (empty: the model's)", precision=0, elem_id="height"
-                        )
-            with gr.Column(
-                scale=6, min_width=320, elem_classes=["results", "small-pictures"] if scenes else ["results"]
-            ):
-                nothing = panels.note("Nothing drawn yet: write a prompt, or take an example.")
-                stage = gr.HTML(nothing, elem_id="stage")
-                with gr.Tabs(elem_id="tabs") as tabs:
-                    with gr.Tab("Drawn", id="drawn"):
-                        drawn = gr.Gallery(
-                            label="Drawn", format="png", preview=True, height=520, elem_id="drawn", buttons=BUTTONS,
-                            object_fit="contain", interactive=False,
-                        )  # fmt: skip
-                    with gr.Tab("Compared", id="compared"):
-                        with gr.Row(elem_classes="labelled"):
-                            compared = [
-                                gr.Image(
-                                    label=label, type="filepath", format="png", interactive=False, min_width=90,
-                                    elem_id=f"compared-{value}", buttons=BUTTONS, alt_text=f"Drawn under {label}",
-                                )
-                                for value, label in panels.COMPARED.items()
-                            ]  # fmt: skip
-                        verdict = gr.HTML(elem_id="verdict")
-                    with gr.Tab("Listen", id="listen"):
-                        gr.HTML("<p class='lead'>Click a sentence: the picture stays coloured where it was heard.</p>")
-                        which = gr.Radio([], label="Picture", elem_id="which")
-                        with gr.Row():
-                            with gr.Column(min_width=260, elem_id="ear"):
-                                heat = gr.Image(
-                                    label="Where the sentence was heard", interactive=False, elem_id="heat",
-                                    buttons=BUTTONS, elem_classes="labelled",
-                                )  # fmt: skip
-                                heard = gr.HTML(elem_id="heard")
-                            with gr.Column(min_width=260):
-                                sentences = gr.HTML(
-                                    panels.note("Draw or compare first."), js_on_load=CLICKED_SENTENCE,
-                                    elem_id="sentences",
-                                )  # fmt: skip
-                    with gr.Tab("Kept", id="kept"):
-                        kept = gr.Gallery(
-                            label="Pictures of this visit", format="png", columns=4, height="auto", elem_id="kept",
-                            buttons=BUTTONS, object_fit="contain", interactive=False,
-                        )  # fmt: skip
-                        file = gr.File(
-                            label="Drop a saved PNG here to bring its prompt and settings back", type="binary",
-                            file_types=[".png"], height=180, elem_id="file",
-                        )  # fmt: skip
-                        restored = gr.HTML(elem_id="restored")
+                        sizes = [
+                            gr.Number(
+                                None, label=f"{side.capitalize()} in pixels (empty: the model's)", precision=0,
+                                elem_id=side, min_width=140,
+                            )
+                            for side in ("width", "height")
+                        ]  # fmt: skip
 
         # First, because gradio numbers the names of later events that are called the same.
-        gr.api(actions.api_describe, api_name="describe", queue=False)
-        for call, api_name in ((actions.api_draw, "draw"), (actions.api_compare, "compare")):
-            gr.api(call, api_name=api_name, concurrency_id=MODEL, concurrency_limit=1)
-        gr.api(actions.api_listen, api_name="listen", queue=False)
+        gr.api(api.describe, api_name="describe", queue=False)
+        for call in (api.draw, api.compare):
+            gr.api(call, api_name=call.__name__, concurrency_limit=None)
+        gr.api(api.listen, api_name="listen", queue=False)
 
-        page: dict[str, Any] = {"api_visibility": "private"}
+        page: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        at_once: dict[str, Any] = {"queue": False, **page}
         # All of `Settings`, in its order.
-        values = [prompt, negative, steps, guidance, seed, number, strategy, weighting, width, height]
-        measured = {
-            "fn": actions.meter, "inputs": [prompt, negative, weighting], "outputs": [meter, reading, negative_meter],
-            "queue": False, "show_progress": "hidden", **page,
-        }  # fmt: skip
-        waiting: dict[str, Any] = {
-            "concurrency_id": MODEL, "concurrency_limit": 1, "show_progress": "minimal", "show_progress_on": stage,
-            "preprocess": False, **page,
-        }  # fmt: skip
+        values = [prompt, negative, steps, guidance, seed, number, strategy, weighting, *sizes]
+        controls = [keep_seed, *values]
+
+        typed: Any = {
+            "fn": actions.meter,
+            "inputs": [prompt, negative, weighting],
+            "outputs": [meter, advice, negative_meter],
+        }
+        gr.on([prompt.change, negative.change, weighting.change], trigger_mode="always_last", **typed, **at_once)
+        gr.on(
+            [item.change for item in controls],
+            None,
+            [state, *controls],
+            state,
+            js=REMEMBER,
+            trigger_mode="always_last",
+            **at_once,
+        )
+
         listening = [which, sentences]
-        gr.on([prompt.change, negative.change, weighting.change], trigger_mode="always_last", **measured)
-        tries.click(lambda index: list(examples.values())[index], tries, prompt, queue=False, **page)
-        draw.click(actions.to_drawn, None, [tabs, stage], queue=False, js=TO_STAGE, **page).then(
-            actions.draw, [keep_seed, *values], [stage, drawn, kept, seed, *listening], **waiting
-        )
-        compare.click(actions.to_compared, None, [tabs, stage], queue=False, js=TO_STAGE, **page).then(
-            actions.compare, [keep_seed, *values], [stage, *compared, verdict, kept, seed, *listening], **waiting
-        )
-        # Without gradio's `cancels`: a step that comes after it would stay on the stage for good.
-        stop.click(actions.stop, queue=False, **page)
-        which.input(actions.choose, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
-        sentences.select(actions.hear, which, [sentences, heat, heard], queue=False, show_progress="hidden", **page)
-        file.upload(actions.restore, file, [keep_seed, *values, restored], queue=False, show_progress="hidden", **page)
-        demo.load(**measured)
+        for button, drawing, kind in ((compare, actions.compare, "compare"), (draw, actions.draw, "draw")):
+            begun = button.click(None, state, state, js=BEGIN % kind, trigger_mode="multiple", **at_once)
+            begun = begun.then(actions.begin, None, stop, trigger_mode="multiple", **at_once)
+            drawn = begun.then(
+                drawing, [state, *controls], [shown, history, seed, *listening, stop],
+                concurrency_limit=None, trigger_mode="multiple", **page,
+            )  # fmt: skip
+            drawn.then(None, state, state, js=END, trigger_mode="multiple", **at_once)
+        # Without gradio's `cancels`: a step that comes after it would stay in its frame for good.
+        stop.click(actions.stop, **at_once)
+
+        which.input(actions.choose, which, [sentences, heard], **at_once)
+        sentences.select(actions.hear, which, [sentences, heard], **at_once)
+        filled = [told, *controls]
+        history.select(actions.open, state, filled, **at_once)
+        file.upload(actions.restore, file, filled, **at_once)
+        tries.click(lambda index: list(examples.values())[index], tries, prompt, **at_once)
+        link.click(None, values, told, js=COPY_LINK, **at_once)
+        demo.load(
+            actions.enter, [state, fragment], [state, told, shown, history, *listening, *controls], js=ENTER, **at_once
+        ).then(None, state, state, js=GO_ON, **at_once).then(**typed, **at_once)
         demo.unload(actions.leave)
-    return demo.queue(max_size=max_queue, api_open=False)
+    return demo.queue(api_open=False)
 
 
 def main() -> None:
@@ -233,7 +251,7 @@ def main() -> None:
     parser.add_argument("--host", help="0.0.0.0 lets other machines in (default: $GRADIO_SERVER_NAME, else 127.0.0.1)")
     parser.add_argument("--port", type=int, help="(default: $GRADIO_SERVER_PORT, else the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="a public link through gradio's servers")
-    parser.add_argument("--max_queue", type=int, default=MAX_QUEUE, help="requests that may wait")
+    parser.add_argument("--max_queue", type=int, default=MAX_WAITING, help="requests that may wait")
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("finelip_diffusion.prompt_encoder").setLevel(logging.ERROR)  # the page says what is dropped

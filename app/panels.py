@@ -1,147 +1,118 @@
 """What the page shows as HTML: the meter, the prompt as it was read, progress, verdicts, sentences to listen to."""
 
-import base64
-import io
+import json
 from html import escape
 
 import numpy as np
 from PIL import Image, ImageDraw
-from studio import Picture, Step
+from studio import Picture
 
 from finelip_diffusion.prompts import Reading, sentence_spans
-from finelip_diffusion.scenes import PLACES, Caption, Scene, findings
+from finelip_diffusion.scenes import PLACES
 
 STRATEGIES = {  # long_prompt: what the page calls it
-    "stretch": "FineLIP: windows of 248 tokens",
-    "truncate": "truncate: the first 77 tokens",
-    "chunk": "chunk: windows of 77 tokens",
-    "segment": "segment: a window a sentence",
-    "auto": "auto: 77 tokens or FineLIP",
+    "stretch": "FineLIP (248 tokens)",
+    "truncate": "Stable Diffusion (77 tokens)",
+    "chunk": "Windows of 77",
+    "segment": "One window a sentence",
+    "auto": "Automatic: 77 tokens where they are enough",
 }
 WEIGHTINGS = {  # weighting: what the page calls it
-    "plain": "text, as everything else",
-    "a1111": "weights: (word:1.3), [word], BREAK",
-    "compel": "compel: (word)1.3, word++",
+    "plain": "Plain text",
+    "a1111": "Weights as in A1111: (word:1.3), [word], BREAK",
+    "compel": "Weights as in compel: (word)1.3, word++",
 }
-COMPARED = {"truncate": "truncate", "chunk": "chunk", "stretch": "FineLIP"}
+NAMES = {  # of settings, in sentences
+    "prompt": "prompt", "negative_prompt": "negative prompt", "seed": "seed", "steps": "steps",
+    "guidance_scale": "guidance", "width": "width", "height": "height", "weighting": "what brackets mean",
+}  # fmt: skip
+COMPARED = ("truncate", "chunk", "stretch")
 HEAT = np.array([255, 122, 0], dtype=np.float32)
 
 
-def meter(stock: Reading, long: Reading) -> str:
-    """Two bars: how full the stock window and the long one are, and how much of the prompt does not fit."""
-    rows = [_bar(f"{reading.window_length}-token encoder", reading) for reading in (stock, long)]
-    return f'<div class="meter" role="status" aria-live="polite">{"".join(rows)}</div>'
+def meter(stock: Reading, long: Reading, raw: str) -> str:
+    """Two bars and a sentence: how full both windows are, and where the stock encoder stops.
+
+    Args:
+        stock: The prompt, cut after 77 tokens.
+        long: The prompt, read by the long encoder.
+        raw: The prompt as it stands in the box, whose characters `data-cuts` counts as a browser does.
+    """
+    rows = [_bar(STRATEGIES[name], reading) for name, reading in (("truncate", stock), ("stretch", long))]
+    return (
+        f'<div class="meter" data-cuts="{escape(json.dumps(cuts(stock, long, raw)))}">{"".join(rows)}'
+        f'<p class="stops" role="status">{_stops(stock, long)}</p></div>'
+    )
 
 
 def _bar(name: str, reading: Reading) -> str:
     used, size = reading.tokens + 2, reading.window_length
     share = min(used / size, 1)
     if reading.dropped:
-        verdict = f"never reads the last {reading.tokens - reading.tokens_read}"
+        verdict = f"{reading.tokens - reading.tokens_read} unread"
     elif len(reading.windows) > 1:
-        verdict = f"reads all, in {len(reading.windows)} windows"
+        verdict = f"all read, in {len(reading.windows)} windows"
     else:
-        verdict = "reads all"
+        verdict = "all read"
     full = " over" if reading.dropped else ""
     return (
         f'<div class="bar{full}"><span class="name">{name}</span>'
-        f'<span class="track"><span class="fill" style="width: {share:.1%}"></span></span>'
-        f'<span class="count"><b>{used}</b> of {size}: {verdict}</span></div>'
+        f'<span class="count"><b>{used}</b> of {size}: {verdict}</span>'
+        f'<span class="track"><span class="fill" style="width: {share:.1%}"></span></span></div>'
     )
+
+
+def _stops(stock: Reading, long: Reading) -> str:
+    """What the marks in the box mean."""
+    if not stock.dropped:
+        return "Every encoder reads all of this prompt."
+    text = stock.prompt.text
+    end = stock.offsets[stock.tokens_read - 1][1]
+    words = escape(" ".join(text[max(0, end - 60) : end].split()[-4:]))
+    line = f'Stable Diffusion stops after “<bdi>… {words}</bdi>” and <span class="unread">never reads the rest</span>.'
+    if len(long.windows) > 1:
+        line += ' FineLIP continues in <span class="further">further windows</span>.'
+    return line
+
+
+def cuts(stock: Reading, long: Reading, raw: str) -> list[tuple[int, str]]:
+    """Where in the box a mark begins, in UTF-16 units, and which: `"unread"`, or `"further"` for another window.
+
+    The syntax of weights stays in the box but not in a reading: its characters are found again in their order. Where
+    they cannot be found, nothing is marked.
+    """
+    text = stock.prompt.text
+    bounds = [(stock.tokens_read, "unread")]
+    bounds += [(int(token), "further") for token in np.cumsum([len(window) for window in long.windows])[:-1]]
+    places, found = [], _places(text, raw)
+    for token, kind in bounds:
+        if token < stock.tokens and found:
+            places.append((len(raw[: found[stock.offsets[token][0]]].encode("utf-16-le", "surrogatepass")) // 2, kind))
+    return places
+
+
+def _places(text: str, raw: str) -> list[int]:
+    """For each character of a text, its place in the box; empty where the box does not hold it."""
+    places, at = [], 0
+    for character in text:
+        at = raw.find(character, at)
+        if at < 0:
+            return []
+        places.append(at)
+        at += 1
+    return places
 
 
 def negative_meter(reading: Reading) -> str:
     """One line on the negative prompt."""
     used = reading.tokens + 2
     tail = f", read in {len(reading.windows)} windows" if len(reading.windows) > 1 else ""
-    return f'<p class="count" role="status"><b>{used}</b> of {reading.window_length} tokens{tail}</p>'
-
-
-def reading(stock: Reading, long: Reading) -> str:
-    """The prompt itself, coloured and marked by who reads what."""
-    if not stock.tokens:
-        return ""
-    prompt = stock.prompt.text
-    cuts = {len(prompt): ""}
-    bounds = [stock.tokens_read, *np.cumsum([len(window) for window in long.windows])[:-1].tolist()]
-    for number, token in enumerate(bounds):
-        if token < stock.tokens:
-            name = f"the {stock.window_length}-token encoder stops here" if not number else f"window {number + 1}"
-            cuts[stock.offsets[token][0]] = name
-    parts, start, kind = [], 0, "read"
-    for stop in sorted(cuts):
-        parts.append(f'<span class="{kind}">{escape(prompt[start:stop])}</span>')
-        if cuts[stop]:
-            parts.append(f'<span class="cut">{cuts[stop]}</span>')
-            kind = "unread" if kind == "read" else "further"
-        start = stop
-    legend = ['<span class="read">read by both encoders</span>']
-    if stock.dropped:
-        legend.append(f'<span class="unread">never read by the {stock.window_length}-token encoder</span>')
-    if len(long.windows) > 1:
-        legend.append('<span class="further">in a further window of the long encoder</span>')
-    return f'<div class="reading" dir="auto">{"".join(parts)}</div><p class="legend">{"".join(legend)}</p>'
-
-
-def stage(step: Step, title: str) -> str:
-    """A drawing under way: a bar, and the picture so far."""
-    share = step.number / step.steps
-    picture = ""
-    if step.preview is not None:
-        picture = f'<img src="{data_uri(step.preview)}" alt="Preview after step {step.number} of {step.steps}">'
-    return (
-        f'<div class="stage">{picture}<p role="status">{escape(title)}: step {step.number} of {step.steps}, '
-        f"{step.seconds:.1f} s</p>"
-        f'<progress max="1" value="{share:.3f}" aria-label="Steps done"></progress></div>'
-    )
+    return f'<p class="count"><b>{used}</b> of {reading.window_length} tokens{tail}</p>'
 
 
 def note(text: str) -> str:
-    """One line in the place of a drawing under way."""
+    """One line that is read out."""
     return f'<p class="note" role="status">{escape(text)}</p>'
-
-
-def verdict(caption: Caption, shown: dict[str, Scene], tokenizer) -> str:
-    """Which objects of a prompt the reader finds in each picture, as a table.
-
-    Args:
-        caption: The prompt, with the facts that were found in it.
-        shown: By strategy, what the reader sees in the picture.
-        tokenizer: CLIP's.
-
-    Returns:
-        The table, or a line that says why there is none.
-    """
-    if not caption.facts:
-        return note(
-            "No verdict: the reader knows coloured shapes on a 3 x 3 grid, and no sentence here names one shape, "
-            "one colour, one size and one place. The examples do."
-        )
-    found = {name: findings(caption, scene, tokenizer) for name, scene in shown.items()}
-    heads = "".join(
-        f'<th scope="col">{COMPARED[name]}<br>{sum(finding.found for finding in rows)} of {len(rows)}</th>'
-        for name, rows in found.items()
-    )
-    body = []
-    for index, fact in enumerate(caption.facts):
-        item = fact.object
-        behind = next(iter(found.values()))[index].after
-        words = f"{item.size} {item.colour} {item.shape} <small>{PLACES[item.cell][0]}</small>"
-        cells = []
-        for name, scene in shown.items():
-            drawn = {other.cell: other for other in scene.objects}.get(item.cell)
-            if found[name][index].found:
-                cells.append('<td class="yes">✓ found</td>')
-            else:
-                seen = f"{drawn.size} {drawn.colour} {drawn.shape}" if drawn else "nothing"
-                cells.append(f'<td class="no">✗&nbsp;{seen}</td>')
-        side = '<span class="behind">behind token 77</span>' if behind else ""
-        body.append(f'<tr><th scope="row">{words} {side}</th>{"".join(cells)}</tr>')
-    return (
-        '<table class="verdict"><caption>What the reader finds in each picture: shape, colour and size, in the cell '
-        f'that the prompt names.</caption><thead><tr><th scope="col">asked for</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table>"
-    )
 
 
 def sentences(picture: Picture, chosen: int | None = None) -> str:
@@ -196,10 +167,3 @@ def heard(heat: np.ndarray, sentence: str) -> str:
         f"“{sentence}” Attention peaks {PLACES[3 * row + column][0]}: there it is "
         f"{heat.max() / heat.mean():.1f} times as high as over the whole picture."
     )
-
-
-def data_uri(image: Image.Image) -> str:
-    """An image as part of a page."""
-    content = io.BytesIO()
-    image.convert("RGB").save(content, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()

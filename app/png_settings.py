@@ -4,13 +4,16 @@ import io
 import json
 from typing import Any
 
+import other_programs
+from other_programs import Found
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from studio import Picture, Settings, as_record, as_settings
+from settings import Settings, as_record, as_settings
+from studio import Picture
 
 from finelip_diffusion import __version__
 
-MAX_BYTES = 20_000_000  # of a PNG that is dropped on the page
+MAX_BYTES = 20_000_000  # of a picture that is dropped on the page
 MAX_SETTINGS = 300_000  # characters; two prompts of 20,000 characters, each escaped, are fewer
 
 
@@ -24,21 +27,56 @@ def to_png(picture: Picture, model: str) -> bytes:
     Returns:
         The file's content.
     """
-    settings = as_record(picture.settings)
-    settings |= {"model": model, "width": picture.image.width, "height": picture.image.height, "version": __version__}
+    content = io.BytesIO()
+    picture.image.save(content, "PNG", pnginfo=text_chunks(picture.settings, model, picture.image.size))
+    return content.getvalue()
+
+
+def text_chunks(settings: Settings, model: str, size: tuple[int, int]) -> PngInfo:
+    """What a PNG says of itself.
+
+    Args:
+        settings: How it was drawn.
+        model: The model's name.
+        size: Width and height of what the model drew.
+    """
+    values = as_record(settings) | {"model": model, "width": size[0], "height": size[1], "version": __version__}
     info = PngInfo()
     for key in ("prompt", "negative_prompt"):
-        info.add_itxt(key, settings[key])
-    info.add_itxt("settings", json.dumps(settings, ensure_ascii=False))
-    content = io.BytesIO()
-    picture.image.save(content, "PNG", pnginfo=info)
-    return content.getvalue()
+        info.add_itxt(key, values[key])
+    info.add_itxt("settings", json.dumps(values, ensure_ascii=False))
+    return info
+
+
+def found_in(content: bytes) -> tuple[Found, str | None]:
+    """How a picture was drawn: one of this page or of `finelip generate`, or of another program.
+
+    Only its text is looked at: no pixel is decoded, nothing that it names is opened.
+
+    Args:
+        content: A file's content: PNG, JPEG or WebP.
+
+    Returns:
+        What could be read, and the name of the model where this package drew it.
+
+    Raises:
+        ValueError: If it is not a picture, holds no settings, or settings that are not valid.
+    """
+    texts = _texts(content)
+    if "settings" in texts:
+        settings, model = _own(texts["settings"])
+        return Found("this page", as_record(settings)), model
+    found = other_programs.read(texts)
+    if found is None:
+        raise ValueError(
+            "This picture holds no settings: drop one of this page, or of A1111, Forge, ComfyUI or InvokeAI. Many "
+            "programs and web sites remove them when they save a picture again."
+        )
+    return found, None
 
 
 def settings_of(content: bytes) -> tuple[Settings, str]:
     """How a PNG of this page, or of `finelip generate`, was drawn.
-
-    Only its text is looked at: no pixel is decoded, nothing that it names is opened.
 
     Args:
         content: A file's content.
@@ -47,29 +85,37 @@ def settings_of(content: bytes) -> tuple[Settings, str]:
         The settings, and the name of the model.
 
     Raises:
-        ValueError: If it is no PNG, holds no settings, or settings that are none.
+        ValueError: If it is not a PNG, holds no settings, or settings that are not valid.
     """
+    texts = _texts(content)
+    if "settings" not in texts:
+        raise ValueError("This picture holds no settings of this page.")
+    return _own(texts["settings"])
+
+
+def _texts(content: bytes) -> dict[str, str]:
     if len(content) > MAX_BYTES:
-        raise ValueError(f"The file has {len(content):,} bytes: a PNG of this page has at most {MAX_BYTES:,}.")
+        raise ValueError(f"The file has {len(content):,} bytes: a picture here has at most {MAX_BYTES:,}.")
     try:
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            text: Any = image.info.get("settings")
+        with Image.open(io.BytesIO(content), formats=["PNG", "JPEG", "WEBP"]) as image:
+            return other_programs.texts_of(image)
     except Exception as error:  # whatever a broken file makes of its reader
-        raise ValueError("This file is no PNG that can be read: drop one that was saved from this page.") from error
-    if text is None:
-        raise ValueError("This PNG holds no settings: drop one that was saved from this page.")
+        raise ValueError("This file is not a picture that can be read: drop a PNG, JPEG or WebP.") from error
+
+
+def _own(text: str) -> tuple[Settings, str]:
     try:
         if len(text) > MAX_SETTINGS:
             raise ValueError("too long")
-        values = json.loads(text)
+        values: Any = json.loads(text)
         model = values["model"]
         if not isinstance(model, str):
-            raise TypeError("the model's name is no text")
+            raise TypeError("the model's name is not a text")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError("The settings in this PNG cannot be read: it was not saved from this page.") from error
+        raise ValueError("The settings in this picture cannot be read: this page did not write them.") from error
     if values.get("blend", 1) != 1:
-        raise ValueError("This PNG was drawn with a blend of two encoders, which the page lacks: use the command.")
+        raise ValueError("This picture was drawn with a blend of two encoders, which the page lacks: use the command.")
     try:
         return as_settings(values), model
     except (ValueError, TypeError) as error:
-        raise ValueError(f"The settings in this PNG do not hold. {error}") from error
+        raise ValueError(f"The settings in this picture are not valid. {error}") from error

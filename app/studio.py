@@ -1,40 +1,29 @@
-"""What the page does, without the page: settings that hold, drawing step by step, who drew what."""
+"""What the page does, without the page: a line of requests, drawing step by step, who drew what."""
 
 import logging
-import math
 import queue
-import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
 from PIL import Image
+from settings import Settings, checked_number
 
 from finelip_diffusion.attention import AttentionMaps, record_attention
-from finelip_diffusion.prompts import LONG_PROMPTS, PromptReport
+from finelip_diffusion.prompts import PromptReport
 from finelip_diffusion.scenes import IMAGE_SIZE
-from finelip_diffusion.weighting import WEIGHTINGS
 
 logger = logging.getLogger("finelip_diffusion.app")
 
-MAX_CHARACTERS = 20_000  # of a prompt
-MAX_IMAGES = 4  # of one request
-MAX_VISITS = 32  # whose last pictures stay in memory, the latest ones
-MAX_KEPT = 60  # pictures in the gallery of a visit
+MAX_VISITS = 1_000  # windows that can be stopped, the latest ones
+MAX_HEARD = 96  # pictures whose attention maps stay in memory, the latest ones
+MAX_WAITING = 40  # requests in line
 PREVIEW_SHARE = 0.2  # of the time that drawing takes may go into previews
-
-BOUNDS: dict[str, tuple[float, float, int]] = {  # name: least, greatest, multiple of (0: any number)
-    "steps": (1, 150, 1),
-    "guidance_scale": (0, 30, 0),
-    "seed": (0, 2**32 - 1, 1),
-    "num_images": (1, MAX_IMAGES, 1),
-    "width": (64, 2048, 8),
-    "height": (64, 2048, 8),
-}
 
 
 class Stopped(Exception):
@@ -42,73 +31,14 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that decides a picture, beside the model.
+class Waiting:
+    """A request in line.
 
     Attributes:
-        prompt: What to draw.
-        negative_prompt: What to avoid.
-        steps: Denoising steps.
-        guidance_scale: Classifier-free guidance.
-        seed: Of the first picture; the next ones have those that follow.
-        num_images: Pictures to draw.
-        long_prompt: How the prompt is read.
-        weighting: What brackets in the prompts mean.
-        width, height: In pixels; None is the model's own.
-
-    Raises:
-        ValueError: If a value is of another kind or outside its bounds.
+        before: Requests that are drawn first.
     """
 
-    prompt: str
-    negative_prompt: str = ""
-    steps: int = 20
-    guidance_scale: float = 7.5
-    seed: int = 0
-    num_images: int = 1
-    long_prompt: str = "stretch"
-    weighting: str = "plain"
-    width: int | None = None
-    height: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt"):
-            object.__setattr__(self, name, checked_text(getattr(self, name), name.replace("_", " ")))
-        if not self.prompt:
-            raise ValueError("The prompt is empty: write what the image shall show.")
-        for name in BOUNDS:
-            value = getattr(self, name)
-            if value is not None or name not in ("width", "height"):
-                object.__setattr__(self, name, checked_number(value, name))
-        if self.long_prompt not in LONG_PROMPTS:
-            raise ValueError(f"The strategy must be one of {', '.join(LONG_PROMPTS)}.")
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"Brackets must be one of {', '.join(WEIGHTINGS)}.")
-
-
-def checked_text(text: Any, name: str) -> str:
-    """A text that an encoder and a PNG can hold, without white space around it."""
-    if not isinstance(text, str):
-        raise ValueError(f"The {name} is no text.")
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"The {name} has {len(text):,} characters: shorten it to {MAX_CHARACTERS:,}.")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"The {name} holds characters that are no text: take them out.") from None
-    return text.replace("\0", " ").strip()
-
-
-def checked_number(value: Any, name: str) -> float:
-    """A number within its bounds; whole where it has to be."""
-    least, greatest, multiple = BOUNDS[name]
-    kind = {0: "number", 1: "whole number"}.get(multiple, f"multiple of {multiple}")
-    label = name.replace("_", " ").capitalize()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
-        raise ValueError(f"{label} is no number: choose a {kind} from {least} to {greatest}.")
-    if not least <= value <= greatest or (multiple and value % multiple):
-        raise ValueError(f"{label} cannot be {str(value)[:20]}: choose a {kind} from {least} to {greatest}.")
-    return int(value) if multiple else float(value)
+    before: int
 
 
 @dataclass(frozen=True)
@@ -154,17 +84,58 @@ class Picture:
 
 @dataclass
 class Visit:
-    """One person's window.
+    """One open window.
 
     Attributes:
-        pictures: What was drawn last, by label.
-        kept: Files of all pictures of the visit, and their captions, newest first.
         stop: Ends the drawing under way.
+        drawn: Names of the pictures that it drew last.
     """
 
-    pictures: dict[str, Picture] = field(default_factory=dict)
-    kept: list[tuple[str, str]] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
+    drawn: tuple[str, ...] = ()
+
+
+class Line:
+    """Those who wait for the pipeline: first come, first served.
+
+    Args:
+        most: Requests that may wait; the next one is refused.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._tickets: dict[object, threading.Event] = {}
+        self._moved = threading.Condition()
+
+    def enter(self, stop: threading.Event) -> object:
+        """A ticket for the end of the line; it counts for nothing once `stop` is set.
+
+        Raises:
+            ValueError: If the line is full.
+        """
+        with self._moved:
+            if sum(not event.is_set() for event in self._tickets.values()) > self.most:
+                raise ValueError(f"The line is full: {self.most} requests wait already. Try again in a minute.")
+            ticket = object()
+            self._tickets[ticket] = stop
+            return ticket
+
+    def before(self, ticket: object, known: int | None = None) -> int:
+        """How many requests are drawn first; where that is `known`, it is looked at again after a moment."""
+        with self._moved:
+            if self._count(ticket) == known:
+                self._moved.wait(0.25)  # seconds: so often somebody looks whether the window still wants it
+            return self._count(ticket)
+
+    def _count(self, ticket: object) -> int:
+        earlier = takewhile(lambda item: item[0] is not ticket, self._tickets.items())
+        return sum(not stop.is_set() for _, stop in earlier)
+
+    def leave(self, ticket: object) -> None:
+        """Whoever comes next moves up."""
+        with self._moved:
+            del self._tickets[ticket]
+            self._moved.notify_all()
 
 
 class Studio:
@@ -173,13 +144,15 @@ class Studio:
     Args:
         load: Gives the pipeline.
         scenes: Whether the model draws scenes (`finelip_diffusion.scenes`), which have one size and a reader.
+        max_waiting: Requests that may wait in line.
     """
 
-    def __init__(self, load: Callable[[], Any], scenes: bool) -> None:
-        self.load, self.scenes = load, scenes
+    def __init__(self, load: Callable[[], Any], scenes: bool, max_waiting: int = MAX_WAITING) -> None:
+        self.load, self.scenes, self.line = load, scenes, Line(max_waiting)
         self._pipe: Any = None
         self._loading, self._drawing, self._visiting = threading.Lock(), threading.Lock(), threading.Lock()
         self._visits: OrderedDict[str, Visit] = OrderedDict()
+        self._heard: OrderedDict[str, Picture] = OrderedDict()
 
     @property
     def pipe(self) -> Any:
@@ -204,7 +177,7 @@ class Studio:
             self._visits.move_to_end(session or "")
             if len(self._visits) > MAX_VISITS:
                 self._visits.popitem(last=False)
-        return visit
+            return visit
 
     def leave(self, session: str | None) -> None:
         """Stops what a session draws and forgets it."""
@@ -213,31 +186,66 @@ class Studio:
         if visit is not None:
             visit.stop.set()
 
+    def begin(self, session: str | None) -> threading.Event:
+        """A window begins a drawing: what it drew until now ends. Set the event to stop the new one."""
+        visit = self.visit(session)
+        visit.stop.set()
+        visit.stop = threading.Event()
+        return visit.stop
+
+    def join(self, session: str | None) -> threading.Event:
+        """A client draws beside what it draws already; one event stops everything."""
+        visit = self.visit(session)
+        return visit.stop if not visit.stop.is_set() else self.begin(session)
+
+    def remember(self, name: str, picture: Picture) -> None:
+        """Keeps a picture and its attention maps under a name, as long as it is among the latest."""
+        with self._visiting:
+            self._heard[name] = picture
+            if len(self._heard) > MAX_HEARD:
+                self._heard.popitem(last=False)
+
+    def recall(self, name: Any) -> Picture | None:
+        """The picture that was remembered under a name."""
+        return self._heard.get(name) if isinstance(name, str) else None
+
     def describe(self, prompt: str, long_prompt: str, weighting: str = "plain") -> PromptReport:
         """What the pipeline reads of a prompt."""
         return self.pipe.describe_prompt(prompt, long_prompt, weighting)
 
-    def draw(self, settings: Settings, stop: threading.Event) -> Iterator[Step | Picture]:
-        """Draws one picture after the other; whoever closes the iterator, or sets `stop`, ends the work.
+    def draw(self, requests: Sequence[Settings], stop: threading.Event) -> Iterator[Waiting | Step | Picture]:
+        """Draws one picture after the other, when it is their turn; closing the iterator, or `stop`, ends the work.
 
         Args:
-            settings: What to draw.
-            stop: Looked at after every step.
+            requests: What to draw.
+            stop: Looked at after every step, and while this waits in line.
 
         Yields:
-            Each step, and each picture when it is done.
+            The place in line whenever it changes, each step, and each picture when it is done.
 
         Raises:
             Stopped: If `stop` was set.
-            ValueError: If the model refuses the settings.
+            ValueError: If the model refuses the settings, or the line is full.
         """
-        if self.scenes and any(size not in (None, IMAGE_SIZE) for size in (settings.width, settings.height)):
-            raise ValueError(
-                f"This model draws at {IMAGE_SIZE} x {IMAGE_SIZE} pixels alone: leave width and height out."
-            )
-        checked_number(settings.seed + settings.num_images - 1, "seed")
-        for number in range(settings.num_images):
-            yield from self._draw(replace(settings, seed=settings.seed + number, num_images=1), stop)
+        for settings in requests:
+            if self.scenes and any(size not in (None, IMAGE_SIZE) for size in (settings.width, settings.height)):
+                raise ValueError(
+                    f"This model draws at {IMAGE_SIZE} x {IMAGE_SIZE} pixels alone: leave width and height out."
+                )
+            checked_number(settings.seed + settings.num_images - 1, "seed")
+        ticket, before = self.line.enter(stop), None
+        try:
+            while before != 0:
+                if stop.is_set():
+                    raise Stopped("Stopped.")
+                known, before = before, self.line.before(ticket, before)
+                if before and before != known:
+                    yield Waiting(before)
+            for settings in requests:
+                for number in range(settings.num_images):
+                    yield from self._draw(replace(settings, seed=settings.seed + number, num_images=1), stop)
+        finally:
+            self.line.leave(ticket)
 
     def _draw(self, settings: Settings, stop: threading.Event) -> Iterator[Step | Picture]:
         """One picture, drawn by a thread of its own that reports after every step."""
@@ -305,19 +313,3 @@ def preview(pipe: Any, latents: torch.Tensor) -> Image.Image:
     if half:
         vae.to(torch.float16)
     return pipe.image_processor.postprocess(image)[0]
-
-
-def new_seed() -> int:
-    """Any seed, such that `MAX_IMAGES` of them can follow each other."""
-    return random.randrange(int(BOUNDS["seed"][1]) - MAX_IMAGES)
-
-
-def as_settings(values: dict[str, Any]) -> Settings:
-    """Settings out of plain data; what is missing keeps its default, what is unknown is left out."""
-    known = {item.name for item in fields(Settings)}
-    return Settings(**{name: value for name, value in values.items() if name in known})
-
-
-def as_record(settings: Settings) -> dict[str, Any]:
-    """Settings as plain data."""
-    return asdict(settings)

@@ -6,9 +6,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import example
 import example_prompts
 import pytest
-import studio
+import results
+import settings as page_settings
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, BrowserContext, Page, expect
@@ -17,7 +19,11 @@ import app
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
 
 PATIENCE = 30_000  # milliseconds for what takes a second where nothing else runs
-VIEWPORTS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
+VIEWPORTS = {
+    "desktop": {"width": 1440, "height": 900},
+    "tablet": {"width": 1024, "height": 768},
+    "phone": {"width": 390, "height": 844},
+}
 
 expect.set_options(timeout=PATIENCE)
 
@@ -52,11 +58,15 @@ def opened(tabs: BrowserContext, url: str, width: str = "desktop", theme: str = 
     page.set_viewport_size(VIEWPORTS[width])
     page.on("request", lambda request: hosts.add(re.sub(r"^\w+://|/.*$", "", request.url)))
     page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.goto(f"{url}?__theme={theme}")
-    expect(page.locator("#prompt textarea")).to_be_visible()
-    yield page
-    page.close()
-    assert hosts == {re.sub(r"^\w+://|/.*$", "", url)}
+    page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+    try:
+        page.goto(f"{url}?__theme={theme}")
+        expect(page.locator("#prompt textarea")).to_be_visible()
+        page.wait_for_function("window.page?.entered()")
+        yield page
+    finally:
+        page.close()
+    assert {host for host in hosts if host} == {re.sub(r"^\w+://|/.*$", "", url)}
     assert not troubles
 
 
@@ -66,6 +76,8 @@ def type_prompt(page: Page, text: str) -> None:
 
 def set_number(page: Page, name: str, value: str) -> None:
     box = page.locator(f"#{name} input[type=number]")
+    if not box.is_visible():
+        page.locator("#settings button").first.click()
     box.fill(value)
     box.press("Tab")
 
@@ -75,15 +87,23 @@ def begin(page: Page, prompt: str, steps: str) -> None:
     type_prompt(page, prompt)
     set_number(page, "steps", steps)
     page.locator("#draw").click()
-    expect(page.locator("#stage")).to_contain_text(re.compile("step|Drawn in"))
+    expect(page.locator("#shown")).to_contain_text(re.compile("step|Drawn in"))
 
 
-def drop(page: Page, name: str, content: bytes, words: str) -> None:
-    """Drops a file on the page, and reads what it says of it."""
-    page.get_by_role("tab", name="Kept").click()
-    page.locator("#file input[type=file]").set_input_files({"name": name, "mimeType": "image/png", "buffer": content})
-    expect(page.locator("#restored")).to_contain_text(words)
-    page.locator("#file").get_by_label("Clear").click()
+def drop(page: Page, name: str, content: bytes, words: str, kind: str = "image/png") -> None:
+    """Drops a file on the prompt, and reads what the page says of it."""
+    page.evaluate(
+        """([name, type, bytes]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], name, { type }));
+            for (const event of ['dragover', 'drop']) {
+                document.querySelector('#prompt textarea').dispatchEvent(
+                    new DragEvent(event, { dataTransfer: data, bubbles: true, cancelable: true }));
+            }
+        }""",
+        [name, kind, list(content)],
+    )
+    expect(page.locator("#told")).to_contain_text(words)
 
 
 def faint_texts(page: Page) -> list[str]:
@@ -104,7 +124,7 @@ def faint_texts(page: Page) -> list[str]:
                 const element = walker.currentNode.parentElement, text = walker.currentNode.data.trim();
                 const box = element.getBoundingClientRect(), style = getComputedStyle(element);
                 if (!text || !box.width || style.visibility !== 'visible' || element.closest('script, style')
-                    || element.closest(':disabled')) continue;
+                    || element.closest(':disabled, .marks')) continue;
                 const grounds = [];
                 let opacity = 1;
                 for (let at = element; at; at = at.parentElement) {
@@ -133,102 +153,158 @@ def all_is_legible(page: Page) -> None:
 
 
 @pytest.mark.parametrize(("width", "theme"), [("desktop", "light"), ("phone", "dark")])
-def test_type_read_draw_compare_listen_and_bring_back(tabs, url, width, theme, tmp_path):
+def test_type_read_compare_listen_and_bring_back(tabs, url, width, theme, tmp_path):
     prompt = example_prompts.SCENES["7 shapes"]
     with opened(tabs, url, width, theme) as page:
-        # The meter and the coloured prompt, while typing.
-        page.locator("#prompt textarea").press_sequentially("A red star.")
-        expect(page.locator("#meter")).to_contain_text("6 of 77: reads all")
-        expect(page.locator("#reading .unread")).to_have_count(0)
+        # The marks in the box, and the meter, while typing.
+        area = page.locator("#prompt textarea")
+        type_prompt(page, "")
+        area.press_sequentially("A red star.")
+        expect(page.locator("#meter")).to_contain_text("6 of 77: all read")
+        expect(page.locator(".marks .unread")).to_have_count(0)
         type_prompt(page, example_prompts.SCENES["9 shapes"] * 2)
-        expect(page.locator("#meter")).to_contain_text("of 248: reads all, in 2 windows")
-        expect(page.locator("#reading .further").first).to_be_visible()
+        expect(page.locator("#meter")).to_contain_text("of 248: all read, in 2 windows")
+        expect(page.locator(".marks .further").first).to_be_attached()
         all_is_legible(page)
         page.locator("#examples").get_by_text("7 shapes").click()
-        expect(page.locator("#prompt textarea")).to_have_value(prompt)
-        expect(page.locator("#meter")).to_contain_text("of 77: never reads the last 64")
-        expect(page.locator("#meter .over .count b")).to_have_text("141")
-        unread = page.locator("#reading .unread").first
-        assert prompt.endswith(unread.inner_text())
-        decoration = unread.evaluate("element => getComputedStyle(element).textDecoration")
-        assert "underline" in decoration  # not by colour alone
-        expect(page.locator("#reading .cut")).to_have_text("the 77-token encoder stops here")
-        page.locator("#negative textarea").fill("blurry")
-        expect(page.locator("#negative-meter")).to_contain_text("5 of 248 tokens")
+        expect(area).to_have_value(prompt)
+        expect(page.locator("#meter")).to_contain_text("141 of 77: 64 unread")
+        unread = page.locator(".marks .unread")
+        assert prompt.endswith(unread.text_content())
+        assert "underline" in unread.evaluate(
+            "element => getComputedStyle(element).textDecoration"
+        )  # not by color alone
+        assert marks_lie_behind_the_letters(page)
 
-        # Draw, by the keyboard: a preview, then the picture.
+        # Compare, by the keyboard: pictures side by side, what was found under each, and every object in a table.
         set_number(page, "steps", "12")
-        page.locator("#prompt textarea").press("Control+Enter")
-        expect(page.locator("#stage img")).to_have_attribute("alt", re.compile(r"Preview after step \d+ of 12"))
-        expect(page.locator("#stage")).to_contain_text("Drawn in")
-        expect(page.locator("#drawn img").first).to_be_visible()
-
-        # Compare: three pictures side by side, labelled, and the reader's verdict on every object.
-        page.locator("#compare").click()
-        expect(page.locator("#verdict tbody tr")).to_have_count(7)
-        tops = set()
-        for name, label in {"truncate": "truncate", "chunk": "chunk", "stretch": "FineLIP"}.items():
-            picture = page.locator(f"#compared-{name}")
-            expect(picture.locator("label")).to_contain_text(label)
-            expect(picture.get_by_alt_text(f"Drawn under {label}")).to_be_visible()
-            tops.add(round(picture.bounding_box()["y"]))
+        area.press("Control+Enter")
+        expect(page.locator("#shown .screen img").first).to_have_attribute("alt", re.compile(r"Preview after step"))
+        expect(page.locator("#shown figure").first).to_be_in_viewport()  # on a phone it lies below the buttons
+        height = page.locator("#shown .frames").bounding_box()["height"]
+        expect(page.locator("#shown .headline")).to_contain_text("Drawn in")
+        assert page.locator("#shown .frames").bounding_box()["height"] == height  # nothing has jumped
+        expect(page.locator("#shown .verdict tbody tr")).to_have_count(8)  # 7 objects and the background
+        labels = page.locator("#shown figcaption").all_inner_texts()
+        assert labels == ["Stable Diffusion (77 tokens)", "Windows of 77", "FineLIP (248 tokens)"]
+        tops = {round(picture.bounding_box()["y"]) for picture in page.locator("#shown .screen").all()}
         assert len(tops) == 1
-        found = [int(text.split()[0]) for text in re.findall(r"\d of 7", page.locator("#verdict thead").inner_text())]
+        found = [int(text.split()[0]) for text in re.findall(r"\d of 7", page.locator("#shown .frames").inner_text())]
         assert found[2] > found[0]  # the prompt was chosen for this
+        expect(page.locator("#shown img").last).to_have_attribute(
+            "alt", re.compile(r"A \w+ background with .* in the very centre")
+        )
         all_is_legible(page)
+        with page.expect_download() as download:
+            page.get_by_text("Save the comparison as one picture").click()
+        assert Image.open(download.value.path()).size[0] > 1200
 
-        # Listen: a sentence of the picture that FineLIP drew, then one that `truncate` never read.
-        page.get_by_role("tab", name="Listen").click()
+        # Listen: a sentence of the picture that FineLIP drew, then one that Stable Diffusion never read.
+        page.get_by_role("tab", name="Pictures").focus()
+        page.keyboard.press("ArrowRight")
+        expect(page.get_by_role("tab", name="Listen")).to_be_focused()
         sentences = page.locator("#sentences button")
         sentences.nth(2).click()
         expect(page.locator("#heard")).to_contain_text("Attention peaks")
-        expect(page.locator("#heat img")).to_have_attribute("alt", re.compile("A red cross.*Attention peaks"))
+        expect(page.locator("#heard img")).to_have_attribute("alt", re.compile("A red cross.*Attention peaks"))
         expect(sentences.nth(2)).to_have_attribute("aria-pressed", "true")
         sentences.last.scroll_into_view_if_needed()
-        expect(page.locator("#heat img")).to_be_in_viewport()  # the picture stays beside what is clicked
-        page.locator("#which").get_by_text("truncate").click()
+        expect(page.locator("#heard img")).to_be_in_viewport()  # the picture stays beside what is clicked
+        page.locator("#which").get_by_text("Stable Diffusion").click()
         expect(sentences.last).to_be_disabled()
         expect(sentences.last).to_contain_text("never read")
         all_is_legible(page)
 
-        # Keep: what was drawn first comes back from its PNG.
-        page.get_by_role("tab", name="Kept").click()
-        expect(page.locator("#kept .thumbnail-item img")).to_have_count(4)
-        page.get_by_role("tab", name="Drawn").click()
-        with page.expect_download() as download:
-            page.locator("#drawn").get_by_label("Download").click()
-        download.value.save_as(tmp_path / "drawn.png")
+        # History: pictures are named by the beginning of their prompt, and bring all settings back.
+        page.get_by_role("tab", name="History").click()
+        cards = page.locator("#kept li")
+        expect(cards.first).to_contain_text(results.beginning(prompt))
+        all_is_legible(page)
         type_prompt(page, "something else")
         set_number(page, "steps", "33")
-        drop(page, "drawn.png", (tmp_path / "drawn.png").read_bytes(), "Everything is as it was")
-        expect(page.locator("#prompt textarea")).to_have_value(prompt)
-        expect(page.locator("#negative textarea")).to_have_value("blurry")
+        cards.nth(1).get_by_role("button").click()
+        expect(area).to_have_value(prompt)
         expect(page.locator("#steps input[type=number]")).to_have_value("12")
-        all_is_legible(page)
+        expect(page.locator("#strategy input")).to_have_value("Windows of 77")
         assert page.evaluate("document.documentElement.scrollWidth") <= VIEWPORTS[width]["width"]
+
+        # A picture that was saved comes back when it is dropped on the prompt.
+        page.get_by_role("tab", name="Pictures").click()
+        with page.expect_download() as download:
+            page.locator("#shown a.save").first.click()
+        type_prompt(page, "something else")
+        drop(page, "drawn.png", download.value.path().read_bytes(), "Everything is as it was")
+        expect(area).to_have_value(prompt)
+
+
+def marks_lie_behind_the_letters(page: Page) -> bool:
+    """The layer has the box's text, and breaks its lines where the box does."""
+    return page.evaluate(
+        """() => {
+            const area = document.querySelector('#prompt textarea'), layer = document.querySelector('.marks');
+            const fresh = layer.textContent === area.value + '\u200b';
+            return fresh && Math.abs(layer.scrollHeight - area.scrollHeight) <= 2;
+        }"""
+    )
+
+
+def test_the_first_thing_to_see_is_an_example_which_typing_replaces(browser, url):
+    context = browser.new_context()
+    try:
+        with opened(context, url) as page:
+            expect(page.locator("#shown .own")).to_contain_text("Example")
+            assert page.locator("#prompt textarea").input_value() == example.PROMPT
+            expect(page.locator(".marks .unread")).to_be_attached()
+            expect(page.locator("#settings")).not_to_contain_text("Steps")  # closed
+            assert page.locator("#shown .verdict td").all_inner_texts().count("✓ found") > 8
+            for name in ("#compare", "#shown .screen >> nth=2"):
+                expect(page.locator(name)).to_be_in_viewport(ratio=1)
+            page.locator("#prompt textarea").click()
+            page.wait_for_function("getSelection().toString().length > 100")
+            page.keyboard.type("A cat on a sofa.")
+            expect(page.locator("#prompt textarea")).to_have_value("A cat on a sofa.")
+            expect(page.locator("#shown .other")).to_contain_text("another prompt")
+            expect(page.locator("#advice .warning")).to_contain_text("this prompt names none of these shapes")
+    finally:
+        context.close()
+
+
+def test_whoever_types_while_it_draws_loses_nothing(tabs, url):
+    with opened(tabs, url) as page:
+        begin(page, "A small red star in the very centre.", "12")
+        area = page.locator("#prompt textarea")
+        area.focus()
+        area.press("End")
+        text = " A large blue circle is in the top left corner." * 2
+        page.keyboard.type(text, delay=30)
+        expect(page.locator("#shown")).to_contain_text("Drawn in")
+        page.keyboard.type("!")
+        expect(area).to_be_focused()
+        expect(area).to_have_value("A small red star in the very centre." + text + "!")
 
 
 def test_whatever_comes_is_answered_in_a_sentence_and_the_page_goes_on(tabs, url, tmp_path):
     with opened(tabs, url) as page:
 
         def refused(words: str) -> None:
-            """Draw says no: in a message that goes, and in a line that stays."""
+            """Draw says no: in a message that goes, and in a frame that stays."""
             page.locator("#draw").click()
             message = page.locator(".toast-body", has_text=words)
             expect(message).to_be_visible()
-            expect(page.locator("#stage")).to_contain_text(words)
+            expect(page.locator("#shown")).to_contain_text(words)
             text = message.inner_text()
             assert "Traceback" not in text and 'File "' not in text and len(text) < 400, text
             all_is_legible(page)
             message.locator(".toast-close").click()
 
+        type_prompt(page, "")
         refused("The prompt is empty")
         type_prompt(page, "x" * 20_001)
         expect(page.locator("#meter")).to_contain_text("The prompt has 20,001 characters")
         refused("shorten it to 20,000")
         strange = "a\0b שלום עולם، مرحبا 👩‍👩‍👧 <script>alert(1)</script>"
         type_prompt(page, strange)
-        expect(page.locator("#reading .read").first).to_have_text(strange.replace("\0", " "))
+        expect(page.locator("#meter")).to_contain_text("of 77: all read")
         for seed in ("-5", "99999999999"):
             set_number(page, "seed", seed)
             refused(f"Seed cannot be {seed}")
@@ -239,10 +315,8 @@ def test_whatever_comes_is_answered_in_a_sentence_and_the_page_goes_on(tabs, url
             "settings", json.dumps({"prompt": "<img src=x onerror=alert(1)>", "model": "m", "steps": 1e9})
         )
         Image.new("RGB", (8, 8)).save(file, pnginfo=hostile)
-        drop(page, "none.png", b"<html>", "This file is no PNG")
-        drop(
-            page, "hostile.png", file.read_bytes(), "The settings in this PNG do not hold. Steps cannot be 1000000000"
-        )
+        drop(page, "none.png", b"<html>", "This file is not a picture")
+        drop(page, "hostile.png", file.read_bytes(), "are not valid. Steps cannot be 1000000000")
         expect(page.locator("#prompt textarea")).to_have_value(strange)
 
         for steps, done in (("0", "1"), ("10000", "150")):  # the slider's own bounds
@@ -250,33 +324,35 @@ def test_whatever_comes_is_answered_in_a_sentence_and_the_page_goes_on(tabs, url
             expect(page.locator("#steps input[type=number]")).to_have_value(done)
         for name, bound in (("steps", "steps"), ("guidance", "guidance_scale"), ("number", "num_images")):
             box = page.locator(f"#{name} input[type=number]")
-            assert [int(box.get_attribute(side)) for side in ("min", "max")] == list(studio.BOUNDS[bound][:2])
+            assert [int(box.get_attribute(side)) for side in ("min", "max")] == list(page_settings.BOUNDS[bound][:2])
         begin(page, strange, "1")
-        expect(page.locator("#stage")).to_contain_text("Drawn in")
+        expect(page.locator("#shown")).to_contain_text("Drawn in")
 
 
 def test_two_tabs_a_place_in_line_stop_and_a_closed_tab(tabs, url, pipe):
     calls = []
     with opened(tabs, url) as second:
         with opened(tabs, url) as first:
+            expect(first.locator("#stop")).not_to_be_visible()
             begin(first, example_prompts.SCENES["9 shapes"], "150")
+            expect(first.locator("#stop")).to_be_visible()
             type_prompt(second, "A small red star.")
             set_number(second, "steps", "1")
             second.locator("#draw").click()
-            place = second.locator("#stage").get_by_text("queue: 1/1")
-            box, stage = (element.bounding_box() for element in (place, second.locator("#stage")))
-            assert stage["y"] <= box["y"] < stage["y"] + stage["height"]  # in sight
+            expect(second.locator("#shown")).to_contain_text("Waiting: 1 before you.")
             second.locator("#stop").click()
-            expect(first.locator("#stage")).to_contain_text("step")
+            expect(second.locator("#shown")).to_contain_text("Stopped.")  # at once, though the first one still draws
+            expect(first.locator("#shown")).to_contain_text("step")
             first.locator("#stop").click()
-            for page in (first, second):  # who only waited, when its turn comes
-                expect(page.locator("#stage")).to_contain_text("Stopped.")
+            expect(first.locator("#shown")).to_contain_text("Stopped.")
+            for page in (first, second):
+                expect(page.locator("#stop")).not_to_be_visible()
 
             set_number(first, "steps", "1")
             for page in (first, second):
                 page.locator("#draw").click()
             for page, words in ((first, "nine objects"), (second, "A small red star.")):
-                expect(page.locator("#stage")).to_contain_text("Drawn in")
+                expect(page.locator("#shown")).to_contain_text("Drawn in")
                 page.get_by_role("tab", name="Listen").click()
                 expect(page.locator("#sentences")).to_contain_text(words)
             set_number(first, "number", "4")
@@ -285,9 +361,21 @@ def test_two_tabs_a_place_in_line_stop_and_a_closed_tab(tabs, url, pipe):
 
         # The first tab is closed: the second is served at once, not after 600 steps.
         second.locator("#compare").click()
-        expect(second.locator("#stage")).to_contain_text("Three pictures from the same noise")
+        expect(second.locator("#shown")).to_contain_text("The same noise")
         counting.remove()
         assert 3 <= len(calls) < 300
+
+
+def test_the_newest_request_of_a_window_wins(tabs, url):
+    with opened(tabs, url) as page:
+        begin(page, example_prompts.SCENES["9 shapes"], "150")
+        type_prompt(page, "A small red star in the very centre.")
+        set_number(page, "steps", "2")
+        page.locator("#draw").click()
+        expect(page.locator("#shown")).to_contain_text("Drawn in")
+        expect(page.locator("#stop")).not_to_be_visible()
+        page.get_by_role("tab", name="Listen").click()
+        expect(page.locator("#sentences")).to_have_text("A small red star in the very centre.")
 
 
 def test_every_control_has_a_name_and_the_keyboard_reaches_them_in_order(tabs, url):
@@ -300,13 +388,14 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_them_in_order(tabs, u
                 .map(element => element.outerHTML.slice(0, 200))"""
         )
         assert nameless == []
+        page.locator("#settings button").first.click()
         page.locator("#prompt textarea").focus()
         reached = ["prompt"]
-        for _ in range(40):
+        for _ in range(60):
             page.keyboard.press("Tab")
             reached.append(page.evaluate("document.activeElement.closest('[id]')?.id"))
-        order = ["prompt", "draw", "compare", "stop", "examples", "negative", "strategy", "weighting", "steps",
-                 "guidance", "seed", "number", "keep-seed"]  # fmt: skip
+        order = ["prompt", "compare", "draw", "examples", "file", "link", "settings", "negative", "strategy",
+                 "weighting", "steps", "guidance", "seed", "number", "keep-seed"]  # fmt: skip
         assert list(dict.fromkeys(name for name in reached if name in order)) == order
 
 
@@ -330,24 +419,23 @@ def test_a_model_that_fails_to_load_and_then_an_sdxl(tabs, stock_xl, finelip_fol
             expect(page.locator("#meter")).to_have_text(words)
             type_prompt(page, "A cat.")
             page.locator("#draw").click()
-            expect(page.locator("#stage")).to_contain_text(words)
+            expect(page.locator("#shown")).to_contain_text(words)
             missing.clear()
             page.locator("#examples").get_by_text("Harbour at dawn").click()
-            expect(page.locator("#meter")).to_contain_text("of 248: reads all")
-            expect(page.locator("#reading .cut")).to_have_text("the 77-token encoder stops here")
+            expect(page.locator("#meter")).to_contain_text("of 248: all read")
             set_number(page, "width", "72")
             set_number(page, "height", "68")
             set_number(page, "steps", "1")
             page.locator("#draw").click()
-            expect(page.locator("#stage")).to_contain_text("Height cannot be 68: choose a multiple of 8")
+            expect(page.locator("#shown")).to_contain_text("Height cannot be 68: choose a multiple of 8")
             set_number(page, "height", "64")
             page.locator("#compare").click()
-            expect(page.locator("#stage")).to_contain_text("Three pictures from the same noise")
-            expect(page.locator("#verdict")).to_have_text("")  # nobody reads these pictures
+            expect(page.locator("#shown")).to_contain_text("Drawn in")
+            expect(page.locator("#shown .verdict")).to_have_count(0)  # nobody reads these pictures
             page.get_by_role("tab", name="Listen").click()
             page.locator("#sentences button").last.click()
             expect(page.locator("#heard")).to_contain_text("and everything is in focus.")
-            width, height = page.locator("#heat img").evaluate("image => [image.naturalWidth, image.naturalHeight]")
+            width, height = page.locator("#heard img").evaluate("image => [image.naturalWidth, image.naturalHeight]")
             assert width / height == 72 / 64
     finally:
         demo.close()
