@@ -70,7 +70,7 @@ def attach(
     if finelip is not None and "text_encoder" not in clips:
         raise ValueError(f"{kind} has no text_encoder that finelip={finelip} could replace.")
     first, *others = clips
-    places: dict[str, Place] = {}
+    places: dict[str, Any] = {}
     for name in clips:
         tokenizer = name.replace("text_encoder", "tokenizer")
         places[name] = in_place(

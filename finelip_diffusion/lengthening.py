@@ -182,8 +182,8 @@ def nobody_trained(text_encoder: TextEncoder | None, stock: TextEncoder | None) 
     if expected.shape != new.shape:
         return False
     rounding = 4 * torch.finfo(new.dtype).eps * float(new.abs().max())  # stretched in one dtype, kept in another
-    last_layers: list[Any] = [text_layers(each)[-1] for each in (stock, text_encoder)]
-    last, its_last = (layer.mlp.fc1.weight for layer in last_layers)
+    layers: list[Any] = [text_layers(each)[-1] for each in (stock, text_encoder)]
+    last, its_last = (layer.mlp.fc1.weight for layer in layers)
     return torch.allclose(expected.to(new), new, rtol=0, atol=rounding) and torch.equal(last.to(its_last), its_last)
 
 

@@ -85,9 +85,6 @@ class FineLIPStableDiffusionXLTextEncoderStep(StableDiffusionXLTextEncoderStep):
 
 
 def _place(components: Any, ending: str) -> Place:
-    long, tokenizer, stock, its_tokenizer = (
-        getattr(components, f"{prefix}{part}{ending}", None)
-        for prefix in ("", STOCK)
-        for part in ("text_encoder", "tokenizer")
-    )
-    return Place(long, tokenizer, stock, its_tokenizer, chosen=False)
+    names = [f"{stock}{part}{ending}" for stock in ("", STOCK) for part in ("text_encoder", "tokenizer")]
+    text_encoder, tokenizer, *stock_parts = (getattr(components, name, None) for name in names)
+    return Place(text_encoder, tokenizer, stock_parts[0], stock_parts[1], chosen=False)

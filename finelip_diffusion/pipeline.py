@@ -1,6 +1,7 @@
 """Stable Diffusion pipelines for long prompts: diffusers' own, which are given the states of whole prompts."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -23,12 +24,14 @@ from transformers import (
 )
 
 from .adapters import AdapterPipeline
+from .drawing import draw
 from .encoding import PromptEmbeds
 from .lengthening import STOCK, check_widths, default_settings, in_place, is_stock
 from .loading import adapted_unet, single_file_components
 from .locations import model_index
 from .prompt_encoder import PromptEncoder, with_signature_of
 from .prompts import LongPrompt, PromptReport, PromptSettings, Weighting
+from .publishing import push_to_hub
 from .upstream import name_dtype
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
@@ -182,7 +185,7 @@ class _LongPromptPipeline(AdapterPipeline):
         """Says what the pipeline would read of a prompt, what it would drop, and why it reads prompts so.
 
         Args:
-            prompt: A prompt, or those of one call.
+            prompt: A prompt, or several.
             long_prompt: A strategy, or None for the pipeline's.
             weighting: A syntax of weights, or None for the pipeline's.
             blend: A share of the long encoder, or None for the pipeline's.
@@ -223,6 +226,37 @@ class _LongPromptPipeline(AdapterPipeline):
             ValueError: Whatever `encode_prompt` raises.
         """
         return self._prompt_encoder(long_prompt, weighting, blend).encode(prompt, negative_prompt, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        **options: Any,
+    ) -> str:
+        """Saves the pipeline and uploads it in one commit, with a model card.
+
+        Args:
+            repo_id: Where it goes: `owner/name`. The repository is made if it does not exist.
+            safe_serialization: As for `save_pretrained`.
+            variant: As for `save_pretrained`.
+            max_shard_size: As for `save_pretrained`.
+            **options: For `publishing.push_to_hub`: `base_model`, `private`, `token`, `revision`, `commit_message`,
+                `create_pr`.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: If the hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(
+                folder, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size
+            )
+            return push_to_hub(folder, repo_id, **options)
 
     def _prompt_encoder(self, long_prompt: str | None, weighting: str | None, blend: float | None) -> PromptEncoder:
         settings = self.prompt_settings.but(long_prompt=long_prompt, weighting=weighting, blend=blend)
@@ -329,7 +363,7 @@ class FineLIPStableDiffusionPipeline(_LongPromptPipeline, StableDiffusionPipelin
             ValueError: For what diffusers refuses, an argument that is not one of its choices, or a strategy whose
                 encoder is missing.
         """
-        return self._prompt_encoder(long_prompt, weighting, blend).draw(super().__call__, args, kwargs)
+        return draw(self._prompt_encoder(long_prompt, weighting, blend), super().__call__, args, kwargs)
 
     @with_signature_of(StableDiffusionPipeline.encode_prompt)
     def encode_prompt(
@@ -504,7 +538,7 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptPipeline, StableDiffusionXLPip
             ValueError: For what diffusers refuses, an argument that is not one of its choices, or a strategy whose
                 encoder is missing.
         """
-        return self._prompt_encoder(long_prompt, weighting, blend).draw(super().__call__, args, kwargs)
+        return draw(self._prompt_encoder(long_prompt, weighting, blend), super().__call__, args, kwargs)
 
     @with_signature_of(StableDiffusionXLPipeline.encode_prompt)
     def encode_prompt(

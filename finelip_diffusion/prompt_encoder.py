@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 from .encoding import PromptEmbeds, encode_readings
 from .lengthening import STOCK, UNTRAINED, is_stock, stretched, widened
 from .positions import STOCK_POSITIONS, stretched_length
-from .prompts import Cut, LongPrompt, PromptReport, PromptSettings, Reading, read_prompt
+from .prompts import Cut, PromptReport, PromptSettings, Reading, read_prompt
 from .text_encoder import TextEncoder
 from .weighting import Mixture, parse_weights
 
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 _Models = dict["Source", tuple[TextEncoder, CLIPTokenizer]]
 """The encoder of each source, and its tokenizer."""
+
+_Sides = list[list[list[Mixture]] | None]
+"""Prompts and negative prompts, by place and row; None where there is nothing to encode."""
 
 _CUTS: dict[str, Cut] = {"stretch": "packed", "truncate": "first", "chunk": "windows", "segment": "sentences"}
 
@@ -84,7 +87,7 @@ class PromptEncoder:
         """Says what is read of a prompt, and what is dropped.
 
         Args:
-            prompt: A prompt, or those of one call.
+            prompt: A prompt, or several.
 
         Returns:
             The report, or one for each prompt of a list.
@@ -92,15 +95,9 @@ class PromptEncoder:
         Raises:
             ValueError: If the strategy needs an encoder that the pipeline does not have.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        mixtures = [self._parse([list(prompts) for _ in self.places])]
-        how, sources = self._decide(mixtures)
-        passes = _passes(sources, mixtures[0])
-        reports = [
-            PromptReport(text, how, tuple(each.reading for each in passes if each.row == row), self.settings.why)
-            for row, text in enumerate(prompts)
-        ]
-        return reports[0] if isinstance(prompt, str) else reports
+        if not isinstance(prompt, str):
+            return [self._describe(text) for text in prompt]
+        return self._describe(prompt)
 
     def encode(
         self, prompt: str | list[str], negative_prompt: str | list[str] | None = None, **kwargs: Any
@@ -125,32 +122,8 @@ class PromptEncoder:
             encoded = self.encode_prompt(own, (), {**call, "do_classifier_free_guidance": True})
         self.pipeline.maybe_free_model_hooks()
         settings = {name: getattr(self.settings, name) for name in ("long_prompt", "weighting", "blend")}
-        states, negative, pooled, negative_pooled = (*encoded, None, None)[:4]
-        return PromptEmbeds(
-            states, negative, pooled, negative_pooled, {"encoded": json.dumps(texts | settings, default=str)}
-        )
-
-    def draw(self, own: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """diffusers' `__call__` with the states of whole prompts in the place of texts.
-
-        Args:
-            own: The method of the pipeline's class in diffusers, bound.
-            args: Its arguments.
-            kwargs: The others.
-
-        Returns:
-            As in diffusers.
-
-        Raises:
-            ValueError: As for `ready`, and whatever diffusers refuses.
-        """
-        given = inspect.signature(own).bind(*args, **kwargs)
-        given.apply_defaults()
-        call = given.arguments
-        guided = call["guidance_scale"] > 1 and self.pipeline.unet.config.time_cond_proj_dim is None
-        lora_scale = (call["cross_attention_kwargs"] or {}).get("scale")
-        call |= self.ready(call, guided, self.pipeline._execution_device, lora_scale)
-        return own(*given.args, **given.kwargs)
+        states, pooled = encoded[:2], encoded[2:4] or (None, None)
+        return PromptEmbeds(*states, *pooled, metadata={"encoded": json.dumps(texts | settings, default=str)})
 
     def encode_prompt(self, own: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """diffusers' `encode_prompt`, which is given the states of whole prompts to repeat and to cast.
@@ -195,42 +168,99 @@ class PromptEncoder:
             ValueError: If there is neither a prompt nor embeddings, the negative prompts are neither one nor as many
                 as the prompts, a layer does not exist, or a strategy lacks its encoder.
         """
+        return self._ready(call, self._mixtures(call, guided), None, device, lora_scale)
+
+    def ready_groups(
+        self, call: dict[str, Any], guided: bool, device: torch.device, lora_scale: float | None
+    ) -> list[tuple[list[int], dict[str, Any]]]:
+        """The same for prompts that are read alike, group by group: of one strategy and one length.
+
+        Args:
+            call: As for `ready`.
+            guided: As for `ready`.
+            device: As for `ready`.
+            lora_scale: As for `ready`.
+
+        Returns:
+            For each group, the numbers of its prompts, and what `ready` returns for them. Embeddings that the caller
+            has encoded, and their texts, are one group.
+
+        Raises:
+            ValueError: As for `ready`.
+        """
+        mixtures = self._mixtures(call, guided)
+        if mixtures[0] is None or len(mixtures[0][0]) == 1:
+            return [([0], self._ready(call, mixtures, None, device, lora_scale))]
+        fixed = [0] if (states := call.get("negative_prompt_embeds")) is None else [states.shape[1]]
+        groups: dict[tuple, list[int]] = {}
+        for row in range(len(mixtures[0][0])):
+            own = [mixture for mixture in _of_rows(mixtures, [row]) if mixture]
+            how, sources = self._decide(own)
+            passes = [each for texts in own for each in _passes(sources, texts) if each.source.decides]
+            groups.setdefault((how, max(*fixed, *(each.reading.length for each in passes))), []).append(row)
+        if len(groups) == 1:
+            return [(rows, self._ready(call, mixtures, None, device, lora_scale)) for rows in groups.values()]
+        return [(rows, self._ready(call, mixtures, rows, device, lora_scale)) for rows in groups.values()]
+
+    def _ready(
+        self,
+        call: dict[str, Any],
+        mixtures: "_Sides",
+        rows: list[int] | None,
+        device: torch.device,
+        lora_scale: float | None,
+    ) -> dict[str, Any]:
+        """`ready` for some of the prompts, or for all."""
+        if mixtures == [None, None]:
+            return {}
+        ready = [call.get("prompt_embeds"), call.get("negative_prompt_embeds")]
+        pooled = ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+        done: dict[str, Any] = {}
+        if rows is not None:
+            mixtures = _of_rows(mixtures, rows)
+            ready = [states if states is None else states[rows] for states in ready]
+            done = {name: call[name][rows] for name in pooled if call.get(name) is not None}
+        found = self._encode(mixtures, ready, device, lora_scale, call.get("clip_skip") or 0)
+        done |= {"prompt_embeds": found[0], "negative_prompt_embeds": found[1]}
+        for side, prefix in enumerate(("", "negative_")):
+            if mixtures[side]:
+                done |= {name: None for name in (f"{prefix}prompt", f"{prefix}prompt_2") if name in call}
+                if pooled[side] in call and call[pooled[side]] is None:
+                    done[pooled[side]] = found[2 + side]
+        return done
+
+    def _mixtures(self, call: dict[str, Any], guided: bool) -> "_Sides":
+        """The prompts and the negative prompts of a call, parsed; None where there is nothing to encode."""
         states, negative = call.get("prompt_embeds"), call.get("negative_prompt_embeds")
         texts: list[list[list[str]] | None] = [None, None]
         if states is None:
             first = _texts(call.get("prompt"))
-            texts[0] = [
-                first,
-                *([_texts(call.get("prompt_2") or first, len(first), "prompts_2")] if self._is_xl else []),
-            ]
+            second = [_texts(call.get("prompt_2") or first, len(first), "prompts_2")] if self._is_xl else []
+            texts[0] = [first, *second]
         negative_prompt = call.get("negative_prompt")
         zeros = negative_prompt is None and self.pipeline.config.get("force_zeros_for_empty_prompt", False)
         if guided and negative is None and not zeros:
-            size = len(texts[0][0]) if texts[0] else len(cast(Tensor, states))
+            size = len(texts[0][0] if texts[0] else call["prompt_embeds"])
             both = [negative_prompt, call.get("negative_prompt_2") or negative_prompt][: 1 + self._is_xl]
             texts[1] = [_texts(text or "", size) for text in both]
-        if texts == [None, None]:
-            return {}
-        if not self.places:
+        if texts != [None, None] and not self.places:
             raise ValueError(
                 f"{type(self.pipeline).__name__} has no text encoder: give prompt_embeds instead of texts."
             )
-        texts = [each and each[: len(self.places)] for each in texts]  # SDXL's refiner has the second encoder alone
-        found = self._encode(texts, [states, negative], device, lora_scale, call.get("clip_skip") or 0)
-        done: dict[str, Any] = {"prompt_embeds": found[0], "negative_prompt_embeds": found[1]}
-        for side, prefix in enumerate(("", "negative_")):
-            if texts[side]:
-                done |= {name: None for name in (f"{prefix}prompt", f"{prefix}prompt_2") if name in call}
-                name = f"{prefix}pooled_prompt_embeds"
-                if name in call and call[name] is None:
-                    done[name] = found[2 + side]
-        return done
+        places = len(self.places)  # SDXL's refiner has the second encoder alone
+        return [self._parse(each[:places]) if each else None for each in texts]
 
     # ------------------------------------------------------------------------------------------------ what is read
 
     @property
     def _is_xl(self) -> bool:
         return hasattr(self.pipeline, "text_encoder_2")
+
+    def _describe(self, prompt: str) -> PromptReport:
+        mixtures = self._parse([[prompt] for _ in self.places])
+        how, sources = self._decide([mixtures])
+        readings = tuple(each.reading for each in _passes(sources, mixtures))
+        return PromptReport(prompt, how, readings, self.settings.why)
 
     def _parse(self, texts: list[list[str]]) -> list[list[Mixture]]:
         """By place and row, each text parsed once: textual inversions written out, as diffusers does, then weights."""
@@ -243,7 +273,7 @@ class PromptEncoder:
             parsed |= {text: parse_weights(text, self.settings.weighting) for text in {*row} - parsed.keys()}
         return [[parsed[text] for text in row] for row in texts]
 
-    def _decide(self, mixtures: Iterable[list[list[Mixture]]]) -> tuple[LongPrompt, list[Source]]:
+    def _decide(self, mixtures: Iterable[list[list[Mixture]]]) -> tuple[str, list[Source]]:
         """The strategy of a call, and its sources: guidance compares states of the same encoders.
 
         Under a blend the stock encoder stands beside the long one, position by position: in its own window where the
@@ -300,7 +330,7 @@ class PromptEncoder:
 
     def _encode(
         self,
-        texts: list[list[list[str]] | None],
+        mixtures: "_Sides",
         ready: list[Tensor | None],
         device: torch.device,
         lora_scale: float | None,
@@ -309,7 +339,7 @@ class PromptEncoder:
         """Encodes the prompts of one call and brings everything to one length.
 
         Args:
-            texts: Prompts and negative prompts by place and row; None where there is nothing to encode.
+            mixtures: Prompts and negative prompts by place and row; None where there is nothing to encode.
             ready: (B, T, D) states of both that the caller has, or None.
             device: Where the encoders run.
             lora_scale: Weight of LoRA layers in the encoders.
@@ -319,7 +349,6 @@ class PromptEncoder:
             States of the prompts and of the negative prompts, and the pooled outputs of both; the pooled ones only
             where text was encoded and the last encoder pools.
         """
-        mixtures = [self._parse(own) if own else None for own in texts]
         _, sources = self._decide([own for own in mixtures if own])
         passes = [_passes(sources, own) if own else [] for own in mixtures]
         every = [each for own in passes for each in own]
@@ -404,6 +433,10 @@ def _passes(sources: list[Source], mixtures: list[list[Mixture]]) -> list[Pass]:
         for row, mixture in enumerate(mixtures[source.place])
         for factor, text in mixture
     ]
+
+
+def _of_rows(sides: _Sides, rows: list[int]) -> _Sides:
+    return [own and [[place[row] for row in rows] for place in own] for own in sides]
 
 
 def _read(source: Source, text: Any) -> Reading:

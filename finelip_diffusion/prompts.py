@@ -47,8 +47,8 @@ class PromptSettings:
         ValueError: If a value is not one of its choices, or a blend is set for a strategy that cannot use it.
     """
 
-    long_prompt: LongPrompt = "stretch"
-    weighting: Weighting = "plain"
+    long_prompt: str = "stretch"
+    weighting: str = "plain"
     blend: float = 1.0
     second_encoder: str = "stretch"
     hidden_state: str = "penultimate"

@@ -22,7 +22,7 @@ _NUMBER = re.compile(r"\s*:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")
 _PAIRS = {")": "(", "]": "["}
 
 
-def parse_weights(prompt: str, weighting: Weighting = "plain") -> Mixture:
+def parse_weights(prompt: str, weighting: str = "plain") -> Mixture:
     """Reads the weights in a prompt. Brackets without a partner are text.
 
     Args:

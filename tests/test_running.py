@@ -28,6 +28,8 @@ def models(pipe) -> dict[str, nn.Module]:
 
 def built(kind, parts):
     extra = {"add_watermarker": False} if "text_encoder_2" in parts else {"requires_safety_checker": False}
+    if kind is FineLIPStableDiffusionXLPipeline:
+        extra["second_encoder"] = "stretch"  # so that every encoder reads under some strategy
     pipe = kind(**parts, **extra)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -136,7 +138,7 @@ def test_device_map(_pipes, stable_diffusion_folder, finelip_folder, text_of, de
 
 def test_an_encoder_with_hooks_is_stretched_with_them(_stock, text_of):
     """As `device_map` leaves one that lies on another device than the rest."""
-    parts = {**_stock.components, "text_encoder": copy.deepcopy(_stock.text_encoder)}
+    parts = {**_stock.components, "text_encoder": copy.deepcopy(_stock.text_encoder), "long_prompt": "stretch"}
     expected = pixels(built(FineLIPStableDiffusionPipeline, parts), text_of(90))
     dispatch_model(parts["text_encoder"], {"": "cpu"}, force_hooks=True)
     pipe = built(FineLIPStableDiffusionPipeline, parts)
