@@ -85,7 +85,8 @@ class Api:
     def _drawn(self, request: gr.Request, kind: str, requests: Sequence[Settings]) -> list[dict[str, Any]]:
         """Files of the pictures, as gradio's clients take them."""
         session = request.session_hash or ""
-        stop, name, kept = self.studio.join(session), new_request(), []
+        stop, name = self.studio.join(session), new_request()
+        kept: list[Any] = []
         for event in self.studio.draw(requests, stop):
             if isinstance(event, Picture):
                 kept.append(self.album.add(session, event, name, kind, len(kept)).path)

@@ -197,7 +197,7 @@ def build_demo(
         page: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         at_once: dict[str, Any] = {"queue": False, **page}
         # All of `Settings`, in its order.
-        values = [prompt, negative, steps, guidance, seed, number, strategy, weighting, *sizes]
+        values: list[Any] = [prompt, negative, steps, guidance, seed, number, strategy, weighting, *sizes]
         controls = [keep_seed, *values]
 
         typed: Any = {

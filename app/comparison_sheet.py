@@ -54,7 +54,7 @@ def sheet(pictures: Mapping[str, Kept], notes: Mapping[str, list[str]], settings
     return content.getvalue()
 
 
-def _wrapped(prompt: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrapped(prompt: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """The prompt in lines, or nothing where the font lacks its letters."""
     if any(ord(character) > 0x24F and character not in "‘’“”–—…" for character in prompt):
         return []

@@ -110,7 +110,7 @@ class Reader:
         if background := asked_background(prompt):
             scenes = [shown.get(name) for name in columns]
             cells = [
-                _cell(scene, bool(scene and scene.background == background), scene and scene.background)
+                _cell(scene, bool(scene and scene.background == background), scene.background if scene else None)
                 for scene in scenes
             ]
             rows.append(_row(f"{background} background", cells))

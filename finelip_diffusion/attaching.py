@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from .encoding import PromptEmbeds
-from .lengthening import STOCK, Place, check_lengths, check_widths, default_settings, in_place, is_stock
+from .lengthening import STOCK, check_lengths, check_widths, default_settings, in_place, is_stock
 from .prompt_encoder import PromptEncoder, joined_signature, own_encode_prompt
 from .prompts import LongPrompt, PromptReport, Weighting
 from .text_encoder import TextEncoder

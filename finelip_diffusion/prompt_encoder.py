@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -122,8 +122,9 @@ class PromptEncoder:
             encoded = self.encode_prompt(own, (), {**call, "do_classifier_free_guidance": True})
         self.pipeline.maybe_free_model_hooks()
         settings = {name: getattr(self.settings, name) for name in ("long_prompt", "weighting", "blend")}
-        states, pooled = encoded[:2], encoded[2:4] or (None, None)
-        return PromptEmbeds(*states, *pooled, metadata={"encoded": json.dumps(texts | settings, default=str)})
+        states, negative, pooled, negative_pooled = (*encoded[:4], None, None)[:4]
+        metadata = {"encoded": json.dumps(texts | settings, default=str)}
+        return PromptEmbeds(states, negative, pooled, negative_pooled, metadata)
 
     def encode_prompt(self, own: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """diffusers' `encode_prompt`, which is given the states of whole prompts to repeat and to cast.
