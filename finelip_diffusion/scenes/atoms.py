@@ -18,7 +18,7 @@ CELLS = ("place", "center")
 PLACED = (*CELLS, "relation")
 VERTICAL = {"top": 0, "upper": 0, "uppermost": 0, "topmost": 0, "bottom": 2, "lower": 2, "lowest": 2, "bottommost": 2}
 HORIZONTAL = {"left": 0, "leftmost": 0, "right": 2, "rightmost": 2}
-MIDDLE = {"middle", "center", "mid", "central", "centered", "halfway", "heart", "midway"}
+MIDDLE = {"middle", "center", "mid", "central", "centered", "halfway", "midway"}
 TAILS = {"corner", "side", "edge", "part", "cell", "height", "hand", "end", "area", "spot", "half", "border"}
 INSIDE = {"in", "at", "on", "of", "the", "very", "far", "to", "along", "exact", "dead", "down", "up", "and", "most"}
 WHOLES = {"picture", "image", "grid", "page", "canvas", "sheet", "scene", "frame", "drawing", "all", "everything"}
@@ -44,6 +44,7 @@ ORDINARY = {
     "lone", "long", "alone", "along", "among", "around", "ground", "round", "hound", "bound", "found", "sound",
     "pound", "book", "books", "cook", "cooks", "look", "looks", "took", "corn", "corner", "born", "torn", "order",
     "older", "under", "wonder", "border", "ladder", "letter", "better", "later", "latter", "matter", "still",
+    "hear", "hears", "heard", "heat", "hearth", "mood", "month",
     "style", "stile", "tile", "title", "tiles", "file", "mile", "smile", "least", "last", "past", "fast", "cast",
     "coast", "toast", "east", "feast", "beast", "best", "rest", "nest", "west", "vest", "test", "text", "next",
 }  # fmt: skip

@@ -248,6 +248,53 @@ def prose(t: Teller) -> str:
     return sentences([*before, *parts, *t.rng.sample(AFTER, t.rng.randint(0, 1))])
 
 
+FIRST = (
+    "there is {shape} {place}", "{place} is {shape}", "{shape} sits {place}", "{place} there's {shape}",
+    "you see {shape} {place}", "{spot} has {shape}",
+)  # fmt: skip
+THEN = (
+    "it is {size} and {colour}", "it's {colour} and {size}", "that one is {size}, and its color is {colour}",
+    "its color is {colour}, its size {size}", "{size}, {colour}", "{colour} it is, and {size}",
+)  # fmt: skip
+
+
+def followed(t: Teller) -> str:
+    """The shape and its place, then what it looks like."""
+    parts = []
+    between = t.choice((". ", ". ", "; ", ", "))
+    for item in t.objects:
+        size, colour, shape = t.words(item)
+        first = t.choice(FIRST).format(shape=a(shape), place=t.place(item.cell), spot=t.spot(item.cell))
+        then = t.choice(THEN).format(size=size, colour=colour)
+        parts.append(t.mark(item, first + between + (capital(then) if between == ". " else then)))
+    return sentences(t.with_background(parts, BACKDROPS))
+
+
+TWO = ("two {look}s: one {}, one {}", "two {look}s, one {} and one {}", "{a} {} and another one {}",
+       "{a} {}, and the same {}", "{a} {} and one more {}")  # fmt: skip
+
+
+def pairs(t: Teller) -> str:
+    """Objects that look alike are named once, with all their places."""
+    alike: dict[tuple[str, str, str], list[Object]] = {}
+    for item in t.objects:
+        alike.setdefault((item.shape, item.colour, item.size), []).append(item)
+    parts = []
+    for items in alike.values():
+        while items:
+            two, items = items[:2], items[2:]
+            if len(two) == 1:
+                parts.append(t.told(FLAT, two[0]))
+                continue
+            size, colour, shape = t.words(two[0])
+            look, places_ = f"{size} {colour} {shape}", [t.place(item.cell) for item in two]
+            head, middle, last = t.choice(TWO).split("{}")
+            head = head.replace("{look}s", f"{size} {colour} {plural(shape)}").replace("{a}", a(look))
+            parts.append(t.mark(two[0], f"{head}{places_[0]}") + t.mark(two[1], f"{middle}{places_[1]}") + last)
+    t.rng.shuffle(parts)
+    return sentences(t.with_background(parts, BACKDROPS))
+
+
 VACANT = ("{spot} is empty", "nothing {place}", "{spot} stays empty", "there is nothing {place}", "leave {spot} blank",
           "{spot} is left free")  # fmt: skip
 
@@ -585,5 +632,7 @@ TRAINED: dict[str, Callable[[Teller], str]] = {
     "compass": compass,
     "coordinates": coordinates,
     "synonyms": varied,
+    "followed": followed,
+    "pairs": pairs,
 }
 UNSEEN: dict[str, Callable[[Teller], str]] = {"records": records, "story": story, "grouped": grouped}

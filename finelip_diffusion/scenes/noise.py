@@ -145,16 +145,45 @@ def _typo(word: str, rng: random.Random) -> str:
     return word[:place] + rng.choice(NEIGHBORS[word[place].lower()]) + word[place + 1 :]
 
 
+STRAY = (
+    "really", "very", "quite", "some", "kind", "of", "sort", "nice", "lovely", "pretty", "just", "maybe",
+    "perhaps", "somewhere", "actually", "basically", "simply", "old", "new", "bold", "soft", "shiny", "glossy",
+    "matte", "wooden", "paper", "plastic", "metal", "happy", "sleepy", "lonely", "quiet", "loud", "famous",
+    "secret", "summer", "winter", "morning", "evening", "music", "river", "mountain", "garden", "window", "table",
+    "chair", "coffee", "banana", "elephant", "tiger", "robot", "castle", "dragon", "forest", "ocean", "planet",
+    "rocket", "guitar", "piano", "doctor", "teacher", "friend", "mother", "city", "village", "bridge", "hello",
+    "please", "thanks", "yeah", "well", "anyway", "honestly", "literally", "today", "tomorrow", "always", "never",
+    "often", "dancing", "sleeping", "running", "flying", "beautiful", "strange", "ancient", "modern", "cozy",
+    "dusty", "frozen", "hidden", "tasty", "cheap", "expensive", "sharp", "rough", "smooth",
+)  # fmt: skip
+"""Words that say nothing of a scene."""
+
+
+def strayed(caption: Caption, seed: int, share: float = 0.06) -> Caption:
+    """With words in it that say nothing.
+
+    Args:
+        caption: with its facts.
+        seed: any integer.
+        share: of the words of which one comes before.
+    """
+    rng = random.Random(f"stray {seed} {caption}")
+    words = re.finditer(r"(?<=[ \n])[A-Za-z]", caption)
+    return edited(caption, [(m.start(), m.start(), rng.choice(STRAY) + " ") for m in words if rng.random() < share])
+
+
 def disturbed(caption: Caption, seed: int) -> Caption:
     """A caption as somebody may have typed it; four in ten stay as they are.
 
     Each of these by itself: small letters (25%), capitals (3%), no punctuation (15%), British spelling (25%), typos
-    (25%, in 3% to 12% of the words).
+    (25%, in 3% to 12% of the words), words that say nothing (10%, before 2% to 10% of the words).
     """
     rng = random.Random(f"noise {seed} {caption}")
     dice = [rng.random() for _ in range(5)]
     if rng.random() < 0.4:
         return caption
+    if dice[4] < 0.16:
+        caption = strayed(caption, seed, rng.uniform(0.02, 0.1))
     if dice[0] < 0.4:
         caption = british(caption)
     if dice[1] < 0.4:

@@ -27,6 +27,8 @@ SYNONYMS: dict[str, dict[str, tuple[str, ...]]] = {  # the plain name first
         "diamond": ("diamond", "rhombus", "lozenge", "diamond shape", "rhomb"),
         "star": ("star", "five-pointed star", "pentagram", "star shape", "starlet"),
         "cross": ("cross", "plus", "plus sign", "cross shape", "plus symbol"),
+        "heart": ("heart", "love heart", "heart shape", "valentine", "sweetheart"),
+        "moon": ("moon", "crescent", "crescent moon", "half moon", "moon shape", "lune"),
     },
     "colour": {
         "red": ("red", "crimson", "scarlet", "ruby", "cherry red", "bright red", "vermilion"),
@@ -56,6 +58,8 @@ UNSEEN_SYNONYMS = frozenset(
         "trigon",
         "rhomb",
         "starlet",
+        "sweetheart",
+        "lune",
         "vermilion",
         "jade",
         "azure",

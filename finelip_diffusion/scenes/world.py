@@ -9,20 +9,24 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-IMAGE_SIZE = 96  # pixels, both sides
+IMAGE_SIZE = 144  # pixels, both sides
 CELL_SIZE = IMAGE_SIZE // 3
 OVERSAMPLING = 4  # shapes are drawn this much larger, then averaged down
 TEST_SHARE = 20  # one scene in TEST_SHARE belongs to the test split
 MAX_RESIDUAL = 0.15  # root mean square error, of [0, 1], beyond which a cell shows nothing that the reader can name
 
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
-SIZES = {"small": 7.5, "large": 13.5}  # radius in pixels
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "moon")
+SIZES = {"small": 10.5, "large": 19.0}  # radius in pixels
+RIM = (1.5, 0.6)  # width in pixels and brightness, of the color, of the line around a shape
+STYLES = {"plain": 0.0, "pastel": 0.45}
+"""How a scene may be drawn, and how much white is mixed into the colors of its shapes; `"pastel"` has no shadows."""
+SHADOW = (2, 1.5, 0.28)  # pixels down and to the right, blur in pixels, darkness
 COLOURS = {
     "red": (220, 40, 40),
     "orange": (245, 140, 30),
@@ -164,6 +168,13 @@ def _outline(shape: str, centre: float, radius: float) -> list[tuple[float, floa
         return [(x, y + radius * 0.2) for x, y in corners(3, 0, (1.2,))]
     if shape == "diamond":
         return [(centre + (x - centre) * 0.75, y) for x, y in corners(4, 0, (1.15,))]
+    if shape == "heart":
+        turns = [2 * math.pi * index / 48 for index in range(48)]
+        points = [
+            (16 * math.sin(t) ** 3, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t))
+            for t in turns
+        ]
+        return [(centre + x * radius / 15, centre - (y + 2.5) * radius / 15) for x, y in points]
     if shape == "star":
         return [(x, y + radius * 0.05) for x, y in corners(10, 0, (1.2, 0.5))]
     arm = radius * 0.33
@@ -173,53 +184,82 @@ def _outline(shape: str, centre: float, radius: float) -> list[tuple[float, floa
 
 
 @functools.cache
-def _mask(shape: str, size: str) -> np.ndarray:
-    """How much of each pixel of a cell the shape covers, (CELL_SIZE, CELL_SIZE) in 0..1."""
+def _masks(shape: str, size: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How much of each pixel of a cell a shape covers, its inside within the rim, and its shadow.
+
+    Each is (CELL_SIZE, CELL_SIZE, 1) in 0..1.
+    """
     canvas = Image.new("L", (CELL_SIZE * OVERSAMPLING,) * 2)
     draw = ImageDraw.Draw(canvas)
     centre, radius = CELL_SIZE * OVERSAMPLING / 2, SIZES[size] * OVERSAMPLING
     if shape == "circle":
         draw.ellipse([centre - radius, centre - radius, centre + radius, centre + radius], fill=255)
+    elif shape == "moon":
+        left, bite = centre - radius * 0.85, centre - radius * 0.3
+        draw.ellipse([left, centre - radius, left + 2 * radius, centre + radius], fill=255)
+        draw.ellipse([bite, centre - radius * 0.95, bite + 1.7 * radius, centre + radius * 0.75], fill=0)
     else:
         draw.polygon(_outline(shape, centre, radius), fill=255)
-    return np.asarray(canvas.resize((CELL_SIZE, CELL_SIZE), Image.Resampling.BOX), dtype=np.float32) / 255
+    inside = canvas.filter(ImageFilter.MinFilter(2 * round(RIM[0] * OVERSAMPLING) + 1))
+    down, blur, _ = SHADOW
+    shadow = Image.new("L", canvas.size)
+    shadow.paste(canvas, (down * OVERSAMPLING,) * 2)
+    shadow = ImageChops.subtract(shadow.filter(ImageFilter.GaussianBlur(blur * OVERSAMPLING)), canvas)
+    whole, inner, dark = (
+        np.asarray(each.resize((CELL_SIZE, CELL_SIZE), Image.Resampling.BOX), np.float32)[..., None] / 255
+        for each in (canvas, inside, shadow)
+    )
+    return whole, inner, dark
 
 
 @functools.cache
-def _patch(shape: str, colour: str, size: str, background: str) -> np.ndarray:
-    """A cell that holds one object, (CELL_SIZE, CELL_SIZE, 3) in 0..1."""
-    mask = _mask(shape, size)[..., None]
-    return (
-        mask * np.array(COLOURS[colour], np.float32) + (1 - mask) * np.array(BACKGROUNDS[background], np.float32)
-    ) / 255
+def _patch(shape: str, colour: str, size: str, background: str, style: str) -> np.ndarray:
+    """A cell that holds one object, with its rim and its shadow, (CELL_SIZE, CELL_SIZE, 3) in 0..1."""
+    whole, inner, dark = _masks(shape, size)
+    fill, paper = np.array(COLOURS[colour], np.float32), np.array(BACKGROUNDS[background], np.float32)
+    white = STYLES[style]
+    fill, ground = (1 - white) * fill + white * 255, paper * (1 - (0 if white else SHADOW[2]) * dark)
+    return (inner * fill + (whole - inner) * RIM[1] * fill + (1 - whole) * ground) / 255
 
 
-def render(scene: Scene) -> Image.Image:
-    """Draws a scene as an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels."""
-    canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
-    canvas[:] = np.array(BACKGROUNDS[scene.background], np.float32) / 255
+@functools.cache
+def cell_pictures(background: str, style: str = "plain") -> tuple[list[tuple[str, str, str] | None], np.ndarray]:
+    """Every cell that can lie on a background, of which all pictures consist.
+
+    Args:
+        background: a name in `BACKGROUNDS`.
+        style: a name in `STYLES`.
+
+    Returns:
+        The shape, color and size in it, None for the empty cell, which comes first; and its pixels,
+        (N, CELL_SIZE, CELL_SIZE, 3) in 0..1.
+    """
+    names: list[tuple[str, str, str] | None] = [None, *((*kind,) for kind in product(SHAPES, COLOURS, SIZES))]
+    empty = np.broadcast_to(np.array(BACKGROUNDS[background], np.float32) / 255, (CELL_SIZE, CELL_SIZE, 3))
+    return names, np.stack([empty, *(_patch(*name, background, style) for name in names if name is not None)])
+
+
+def render(scene: Scene, style: str = "plain") -> Image.Image:
+    """Draws a scene as an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
+
+    Args:
+        scene: the scene.
+        style: a name in `STYLES`.
+
+    Raises:
+        ValueError: for an unknown style.
+    """
+    if style not in STYLES:
+        raise ValueError(f"The style {style!r} is not one of {', '.join(STYLES)}.")
+    names, pictures = cell_pictures(scene.background, style)
+    cells = np.zeros(9, int)
     for item in scene.objects:
-        top, left = (CELL_SIZE * index for index in divmod(item.cell, 3))
-        canvas[top : top + CELL_SIZE, left : left + CELL_SIZE] = _patch(
-            item.shape, item.colour, item.size, scene.background
-        )
-    return Image.fromarray((canvas * 255 + 0.5).astype(np.uint8))
+        cells[item.cell] = names.index((item.shape, item.colour, item.size))
+    rows = pictures[cells].reshape(3, 3, CELL_SIZE, CELL_SIZE, 3).transpose(0, 2, 1, 3, 4)
+    return Image.fromarray((rows.reshape(IMAGE_SIZE, IMAGE_SIZE, 3) * 255 + 0.5).astype(np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------------------ reader
-
-
-@functools.cache
-def _templates(background: str) -> tuple[list[tuple[str, str, str] | None], np.ndarray]:
-    """Every cell that can stand on a background: its object (None when empty), and its pixels, (97, pixels)."""
-    names: list[tuple[str, str, str] | None] = [None]
-    patches = [np.broadcast_to(np.array(BACKGROUNDS[background], np.float32) / 255, (CELL_SIZE, CELL_SIZE, 3))]
-    for shape in SHAPES:
-        for colour in COLOURS:
-            for size in SIZES:
-                names.append((shape, colour, size))
-                patches.append(_patch(shape, colour, size, background))
-    return names, np.stack(patches).reshape(len(patches), -1)
 
 
 def _cells(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -235,7 +275,7 @@ def _cells(image: Image.Image | np.ndarray) -> np.ndarray:
     return grid.reshape(9, CELL_SIZE * CELL_SIZE * 3)
 
 
-def read(image: Image.Image | np.ndarray) -> Scene:
+def read(image: Image.Image | np.ndarray, style: str = "plain") -> Scene:
     """Says which scene an image shows.
 
     The background is the one nearest to the median colour along the borders of the cells; each cell is the object,
@@ -244,6 +284,7 @@ def read(image: Image.Image | np.ndarray) -> Scene:
 
     Args:
         image: a PIL image, or an array (IMAGE_SIZE, IMAGE_SIZE, 3) of uint8, or of floats in 0..1.
+        style: the one that it is drawn in, a name in `STYLES`.
 
     Raises:
         ValueError: for an image of another size.
@@ -253,8 +294,9 @@ def read(image: Image.Image | np.ndarray) -> Scene:
     border = np.concatenate([square[:, :2].reshape(-1, 3), square[:, -2:].reshape(-1, 3)])
     median = np.median(border, axis=0) * 255
     background = min(BACKGROUNDS, key=lambda name: float(np.square(median - np.array(BACKGROUNDS[name])).sum()))
-    names, templates = _templates(background)
-    errors = np.square(cells).sum(1)[:, None] - 2 * cells @ templates.T + np.square(templates).sum(1)  # (9, 97)
+    names, pictures = cell_pictures(background, style)
+    templates = pictures.reshape(len(pictures), -1)
+    errors = np.square(cells).sum(1)[:, None] - 2 * cells @ templates.T + np.square(templates).sum(1)  # (9, N)
     residuals = np.sqrt(np.maximum(errors, 0) / cells.shape[1])
     objects = []
     for cell, best in enumerate(errors.argmin(1)):
