@@ -82,7 +82,8 @@ def record_attention(pipe: DiffusionPipeline) -> Iterator[AttentionMaps]:
     """Records where the UNet looks for each token, in one call of a pipeline inside the block.
 
     The layers work as they are, whatever attention processor they use, and their inputs are only watched: images are
-    the same bit by bit. Softmax maps are computed beside them, a head at a time. IP-Adapters are not covered.
+    the same bit by bit. Softmax maps are computed beside them, a head at a time. IP-Adapters are not covered. All
+    prompts of the call have one length: those of different lengths are drawn in groups, each a call of its own.
 
     Args:
         pipe: Any pipeline with the UNet of Stable Diffusion 1.x, 2.x or XL.
@@ -91,7 +92,8 @@ def record_attention(pipe: DiffusionPipeline) -> Iterator[AttentionMaps]:
         The maps, complete when the call has returned.
 
     Raises:
-        ValueError: If the UNet has no cross-attention layers of that kind.
+        ValueError: If the UNet has no cross-attention layers of that kind; in the call, if its prompts come out at
+            different lengths.
     """
     maps, grid = AttentionMaps(), [0, 0]
 
@@ -108,7 +110,13 @@ def record_attention(pipe: DiffusionPipeline) -> Iterator[AttentionMaps]:
             states, text = states.chunk(2)[1], text.chunk(2)[1]
         weights = attention_weights(attention, states, text).mT.unflatten(-1, tuple(grid))  # (B, T, h, w)
         key = (grid[0], grid[1])
-        maps.sums[key] = maps.sums[key] + weights if key in maps.sums else weights
+        sums = maps.sums.setdefault(key, torch.zeros_like(weights))
+        if sums.shape != weights.shape:
+            raise ValueError(
+                f"attention is recorded to {sums.shape[1]} states and to {weights.shape[1]} in one call: the prompts "
+                "have different lengths, so record those of each length in a call of their own."
+            )
+        sums += weights
         maps.calls += 1
 
     transformers = [module for module in pipe.unet.modules() if isinstance(module, Transformer2DModel)]

@@ -165,6 +165,9 @@ def test_what_cannot_be_said_is_one_sentence(pipe):
         maps.of(report, 500, 520)
     with pytest.raises(ValueError, match="is of a prompt of 248 states, but one of 77 was drawn"):
         maps.of(pipe.describe_prompt(PROMPT, "stretch"), 0, 10)
+    sentence = "to 154 states and to 77 in one call: .* of each length in a call of their own"
+    with pytest.raises(ValueError, match=sentence), record_attention(pipe):
+        draw(pipe, [PROMPT, FIRST], long_prompt="chunk")
 
 
 def test_sentences_hold_every_letter_that_is_no_space():
@@ -181,13 +184,16 @@ def test_on_scenes_the_peak_lies_in_the_object_s_cell():
     pipe.set_progress_bar_config(disable=True)
     captions = [describe(sample_scene(seed, "test"), seed) for seed in range(6)]
     for long_prompt in ("stretch", "segment"):
-        with record_attention(pipe) as maps:
-            draw(pipe, [str(caption) for caption in captions], long_prompt=long_prompt, num_inference_steps=10)
         hits = []
-        for image, caption in enumerate(captions):
-            report = pipe.describe_prompt(str(caption), long_prompt)
-            for fact in caption.facts:
-                start, stop = next(span for span in sentence_spans(caption) if span[0] <= fact.start < span[1])
-                row, column = np.unravel_index(maps.of(report, start, stop, image).argmax(), maps.size)
-                hits.append(row // CELL_SIZE * 3 + column // CELL_SIZE == fact.object.cell)
+        reports = {caption: pipe.describe_prompt(str(caption), long_prompt) for caption in captions}
+        for length in {report.readings[0].length for report in reports.values()}:
+            alike = [caption for caption, report in reports.items() if report.readings[0].length == length]
+            with record_attention(pipe) as maps:
+                draw(pipe, [str(caption) for caption in alike], long_prompt=long_prompt, num_inference_steps=10)
+            for image, caption in enumerate(alike):
+                for fact in caption.facts:
+                    start, stop = next(span for span in sentence_spans(caption) if span[0] <= fact.start < span[1])
+                    shares = maps.of(reports[caption], start, stop, image)
+                    row, column = np.unravel_index(shares.argmax(), maps.size)
+                    hits.append(row // CELL_SIZE * 3 + column // CELL_SIZE == fact.object.cell)
         assert np.mean(hits) >= 0.8, (long_prompt, np.mean(hits))

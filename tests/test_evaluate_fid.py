@@ -26,8 +26,9 @@ SCRIPT = ROOT / "train" / "evaluate_fid.py"
 SMALL = [
     "--config", ROOT / "train/configs/scenes.yaml", "--encoders", "truncate", "finelip", "--unets", "base",
     "--num_prompts", 6, "--num_short", 2, "--num_changed", 2, "--num_drift", 1, "--num_inference_steps", 2,
-    "--num_resamples", 4, "--kid_subset_size", 4, "--num_examples", 1, "--batch_size", 4, "--ladder", 1,
+    "--num_resamples", 4, "--kid_subset_size", 4, "--num_examples", 1, "--batch_size", 4,
 ]  # fmt: skip
+SCENES = [*SMALL, "--ladder", 1]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def pixels(folder: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
-    done = scripts.run(SCRIPT, *SMALL, "--output_dir", folder, bare=True)
+    done = scripts.run(SCRIPT, *SCENES, "--output_dir", folder, bare=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -158,7 +159,7 @@ def test_the_page_shows_the_examples(straight: Path):
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(straight: Path, tmp_path: Path):
-    process = scripts.start(SCRIPT, *SMALL, "--output_dir", tmp_path)
+    process = scripts.start(SCRIPT, *SCENES, "--output_dir", tmp_path)
     deadline = time.monotonic() + 200
     while not (kept := list(tmp_path.glob("images/*/*/*/*.png"))) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -166,7 +167,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(straight: Path, tmp_path: Path):
     process.join()
     assert kept
     times = {file: file.stat().st_mtime_ns for file in kept}
-    done = scripts.run(SCRIPT, *SMALL, "--output_dir", tmp_path)
+    done = scripts.run(SCRIPT, *SCENES, "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {file: file.stat().st_mtime_ns for file in kept} == times
     ours, theirs = pixels(tmp_path), pixels(straight)
@@ -178,7 +179,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(straight: Path, tmp_path: Path):
 
 def test_two_processes_equal_one(straight: Path, tmp_path: Path):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29731"]
-    command = [sys.executable, *launcher, SCRIPT, *SMALL, "--output_dir", tmp_path]
+    command = [sys.executable, *launcher, SCRIPT, *SCENES, "--output_dir", tmp_path]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = pixels(tmp_path), pixels(straight)
@@ -193,7 +194,7 @@ def test_other_settings_are_not_mixed_in(script: ModuleType, straight: Path, tmp
     before = pixels(tmp_path / "copy")
     for flag, says in (("--guidance_scale", "other settings"), ("--seed", "was begun with seed = 0, not 4")):
         with pytest.raises(ValueError, match=says):
-            script.main(script.read_arguments([*map(str, SMALL), flag, "4", "--output_dir", str(tmp_path / "copy")]))
+            script.main(script.read_arguments([*map(str, SCENES), flag, "4", "--output_dir", str(tmp_path / "copy")]))
     assert pixels(tmp_path / "copy").keys() == before.keys()
 
 

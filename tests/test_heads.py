@@ -181,7 +181,7 @@ def test_what_training_leaves_is_judged_by_its_own_score(
     step = TrainingStep(model, Objective(own, E, 3))
     args = script.Arguments(output_dir=tmp_path, recipe=recipe, max_train_steps=1)
     config = FineLIPConfig.from_dict(model.config.to_dict())
-    script.save_result(step.state_dict(), config, TOKENIZER, PROCESSOR, args, own, {})
+    script.save_result(step.state_dict(), config, TOKENIZER, PROCESSOR, args, own, 1, {})
     folder = tmp_path / "finelip_model"
     heads = load_heads(folder)
     (name,) = heads

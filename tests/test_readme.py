@@ -127,8 +127,8 @@ def test_commands_exist(words):
         assert {extra for group in extras for extra in group.split(",")} <= provided
     elif program == "finelip":
         check_flags(rest, help_of_finelip(rest[0]))
-    elif program in {"python", "accelerate"}:
-        if program == "accelerate":  # its own flags stand before the script
+    elif program in {"python", "accelerate", "torchrun"}:
+        if program != "python":  # a launcher's own flags stand before the script
             rest = rest[next(place for place, word in enumerate(rest) if word.endswith(".py")) :]
         script, *rest = rest
         if script == "-m":

@@ -166,15 +166,19 @@ def test_diffusers_own_loader_is_the_judge_of_the_files(bases, kind, text_of):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_draws_what_its_folder_draws(bases, kind, text_of):
-    """Cut at 77 tokens, as diffusers' own pipeline does; and stretched, as ours does from the folder."""
+    """Cut at 77 tokens, as diffusers' own pipeline does; in windows, the default; and stretched where asked."""
     base, prompt = bases[kind], text_of(100)
-    expected = draw(base.pipe, prompt)
     pipe = base.ours.from_single_file(base.file, config=base.folder)
-    assert np.array_equal(draw(pipe, prompt, long_prompt="truncate"), expected)
+    assert np.array_equal(draw(pipe, prompt, long_prompt="truncate"), draw(base.pipe, prompt))
+    assert same_weights(pipe.text_encoder, base.pipe.text_encoder) and pipe.tokenizer.model_max_length == 77
+    folder = base.ours.from_pretrained(base.folder)
+    assert pipe.long_prompt == folder.long_prompt == "chunk"
+    assert np.array_equal(draw(pipe, prompt), draw(folder, prompt))
+    pipe = base.ours.from_single_file(base.file, long_prompt="stretch", config=base.folder)
     assert same_weights(pipe.stock_text_encoder, base.pipe.text_encoder)
     assert pipe.stock_tokenizer.model_max_length == 77 and pipe.tokenizer.model_max_length == 248
-    stretched = base.ours.from_pretrained(base.folder)
-    assert np.array_equal(draw(pipe, prompt), draw(stretched, prompt))
+    folder = base.ours.from_pretrained(base.folder, long_prompt="stretch")
+    assert np.array_equal(draw(pipe, prompt), draw(folder, prompt))
 
 
 def test_a_long_encoder_takes_the_place_of_the_files_own(bases, finelip_folder, text_of):
@@ -198,7 +202,7 @@ def test_dtypes_and_components_are_as_in_diffusers(bases, finelip_folder):
     options = {"second_encoder": "window", "hidden_state": "last_norm"}
     pipe = xl.ours.from_single_file(xl.file, config=xl.folder, **options)
     assert (pipe.second_encoder, pipe.hidden_state) == ("window", "last_norm")
-    assert pipe.stock_tokenizer_2.pad_token == "!" and same_weights(pipe.stock_text_encoder_2, xl.pipe.text_encoder_2)
+    assert pipe.tokenizer_2.pad_token == "!" and same_weights(pipe.text_encoder_2, xl.pipe.text_encoder_2)
 
 
 def test_the_refiner_has_the_second_encoder_alone(bases, tmp_path):
@@ -250,9 +254,9 @@ def test_diffusers_itself_fails_where_file_and_configuration_disagree(bases, tmp
 def test_a_file_of_77_rows_where_the_configuration_says_248(bases, text_of, tmp_path):
     """A folder that our pipeline saved, stock encoders and all, is a configuration as good as any."""
     base, prompt = bases["1.x"], text_of(100)
-    base.ours.from_pretrained(base.folder).save_pretrained(tmp_path)
+    base.ours.from_pretrained(base.folder, long_prompt="stretch").save_pretrained(tmp_path)
     assert json.loads((tmp_path / "text_encoder/config.json").read_text())["max_position_embeddings"] == 248
-    pipe = base.ours.from_single_file(base.file, config=tmp_path)
+    pipe = base.ours.from_single_file(base.file, long_prompt="stretch", config=tmp_path)
     assert np.array_equal(draw(pipe, prompt, long_prompt="truncate"), draw(base.pipe, prompt))
     table = text_embeddings(base.pipe.text_encoder).position_embedding.weight
     assert torch.equal(text_embeddings(pipe.text_encoder).position_embedding.weight, stretch_positions(table))
@@ -279,7 +283,7 @@ def test_what_does_not_fit_is_one_sentence(bases, tmp_path, finelip_folder):
         (one, one.file, {"config": narrow}, r"token_embedding\.weight.* is \(49408, 32\) and must be \(49408, 64\)"),
         (one, one.file, {"config": tmp_path / "empty"}, "empty holds no CLIP text model"),
         (one, one.file, {"config": None}, r"base\.safetensors needs the conf.*-v1-5 is no folder .* as config=\.$"),
-        (one, one.folder, {}, "is no file, and no link to one on the hub: .*from_pretrained"),
+        (one, one.folder, {}, "is not a file, and not a link to one on the hub: .*from_pretrained"),
         (one, "https://huggingface.co/owner/name/blob/main/x.safetensors", {}, "cannot be reached and is not cached"),
         (one, one.file, {"long_prompt": "clip"}, "long_prompt='clip' is unknown"),
     ]  # fmt: skip

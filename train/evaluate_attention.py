@@ -13,7 +13,6 @@ import json
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from finelip_diffusion.attention import AttentionMaps, record_attention
 from finelip_diffusion.evaluation.intervals import bootstrap_interval, markdown_table, shown
 from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
 from finelip_diffusion.prompts import LongPrompt, PromptReport, sentence_spans
-from finelip_diffusion.scenes import CELL_SIZE, describe, sample_scene
+from finelip_diffusion.scenes import CELL_SIZE, Caption, describe, sample_scene
 
 STRATEGIES: tuple[LongPrompt, ...] = ("stretch", "truncate", "chunk", "segment")
 PARTS = ("sentence", "fact")
@@ -59,13 +58,23 @@ def peak_cell(maps: AttentionMaps, report: PromptReport, start: int, stop: int, 
     return int(row // CELL_SIZE * 3 + column // CELL_SIZE)
 
 
+def batches(prompts: dict[int, tuple[Caption, PromptReport]], size: int) -> list[list[int]]:
+    """Seeds of prompts that are drawn and recorded in one call: those whose states have one length."""
+    lengths: dict[int, list[int]] = {}
+    for seed, (_, report) in prompts.items():
+        lengths.setdefault(report.readings[0].length, []).append(seed)
+    return [seeds[first : first + size] for seeds in lengths.values() for first in range(0, len(seeds), size)]
+
+
 def evaluate(pipe: FineLIPStableDiffusionPipeline, strategy: LongPrompt, args: Arguments) -> list[dict]:
     """One row for each sentence that was read: its prompt's seed, the object's cell, and the peak's for each part."""
     rows = []
-    seeds = range(args.first_seed, args.first_seed + args.num_prompts)
-    for first in tqdm(range(0, len(seeds), args.batch_size), desc=strategy, mininterval=5):
-        batch = seeds[first : first + args.batch_size]
-        captions = [describe(sample_scene(seed, "test"), seed) for seed in batch]
+    prompts = {}
+    for seed in range(args.first_seed, args.first_seed + args.num_prompts):
+        caption = describe(sample_scene(seed, "test"), seed)
+        prompts[seed] = (caption, pipe.describe_prompt(str(caption), strategy))
+    for batch in tqdm(batches(prompts, args.batch_size), desc=strategy, mininterval=5):
+        captions, reports = zip(*(prompts[seed] for seed in batch), strict=True)
         with record_attention(pipe) as maps:
             pipe(
                 [str(caption) for caption in captions],
@@ -75,7 +84,6 @@ def evaluate(pipe: FineLIPStableDiffusionPipeline, strategy: LongPrompt, args: A
                 generator=[torch.Generator().manual_seed(seed) for seed in batch],
                 output_type="latent",
             )
-        reports: Any = pipe.describe_prompt([str(caption) for caption in captions], strategy)
         for image, (seed, caption, report) in enumerate(zip(batch, captions, reports, strict=True)):
             for fact in caption.facts:
                 start, stop = next(span for span in sentence_spans(caption) if span[0] <= fact.start < span[1])
