@@ -136,6 +136,12 @@ def long_encoder(
     return text_encoder, widened(tokenizer, text_encoder.config.max_position_embeddings)
 
 
+def second_source(finelip: str | Path | None) -> tuple[str | Path | None, dict[str, Any]]:
+    """Where the long encoder of SDXL's second place is, if it lies beside the first, and how it is asked for."""
+    there = finelip is not None and (Path(finelip) / "text_encoder_2").is_dir()
+    return (finelip, {"subfolder": "text_encoder_2"}) if there else (None, {})
+
+
 def _bring_embeddings(
     source: TextEncoder, its_tokenizer: CLIPTokenizer, target: TextEncoder, tokenizer: CLIPTokenizer
 ) -> None:

@@ -15,6 +15,9 @@ from .text_encoder import load_text_encoder
 
 logger = logging.getLogger(__name__)
 
+UNET_LORA = "pytorch_lora_weights.safetensors"
+"""diffusers' name of a file of LoRA."""
+
 
 def adapted_unet(finelip: str | Path | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The UNet beside a long encoder, for the arguments of a loader that gives none itself."""
@@ -24,6 +27,17 @@ def adapted_unet(finelip: str | Path | None, kwargs: dict[str, Any]) -> dict[str
     options = {name: kwargs[name] for name in ("dtype", "torch_dtype", "device_map") if name in kwargs}
     unet = UNet2DConditionModel.from_pretrained(finelip, subfolder="unet", **options)
     return {"unet": unet}
+
+
+def fuse_adapters(pipe: Any, finelip: str | Path | None, kwargs: dict[str, Any]) -> None:
+    """Adds a LoRA of the UNet that lies beside a long encoder to the base's weights, unless a UNet was given."""
+    adapted = finelip is not None and (Path(finelip) / UNET_LORA).is_file()
+    if not adapted or "unet" in kwargs:
+        return
+    logger.info("the LoRA in %s was trained for the encoder beside it and is fused into the UNet of the base", finelip)
+    pipe.load_lora_weights(str(finelip), weight_name=UNET_LORA)
+    pipe.fuse_lora(["unet"])
+    pipe.unload_lora_weights()
 
 
 def single_file_components(

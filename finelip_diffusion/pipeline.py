@@ -26,8 +26,8 @@ from transformers import (
 from .adapters import AdapterPipeline
 from .drawing import draw
 from .encoding import PromptEmbeds
-from .lengthening import STOCK, check_widths, default_settings, in_place, is_stock
-from .loading import adapted_unet, single_file_components
+from .lengthening import STOCK, check_widths, default_settings, in_place, is_stock, second_source
+from .loading import adapted_unet, fuse_adapters, single_file_components
 from .locations import model_index
 from .prompt_encoder import PromptEncoder, with_signature_of
 from .prompts import LongPrompt, PromptReport, PromptSettings, Weighting
@@ -81,7 +81,8 @@ class _LongPromptPipeline(AdapterPipeline):
         Args:
             base: Folder or hub id of a Stable Diffusion, in diffusers' layout. None is the bundled model.
             finelip: Any source of `load_text_encoder`. If it is a folder with a `unet/`, that UNet was adapted to the
-                encoder and replaces the base's, unless `unet=` is given. None takes the base's own encoder as it is;
+                encoder and replaces the base's, unless `unet=` is given; a `pytorch_lora_weights.safetensors` there is
+                fused into the base's. None takes the base's own encoder as it is;
                 under `long_prompt="stretch"` a stock one is stretched without training, with a warning.
             long_prompt: How prompts are read: `"stretch"`, `"truncate"`, `"chunk"`, `"segment"` or `"auto"`. None is
                 the best that the loaded parts can do: `"stretch"` with a trained long encoder, `"chunk"` without.
@@ -109,6 +110,7 @@ class _LongPromptPipeline(AdapterPipeline):
             kwargs = {**{name: None for name in names if not (Path(base) / name).is_dir()}, **kwargs}
         kwargs |= adapted_unet(finelip, kwargs)
         pipe = super().from_pretrained(str(base), finelip=finelip, long_prompt=long_prompt, **kwargs)
+        fuse_adapters(pipe, finelip, kwargs)
         for place in unwanted:
             pipe.register_modules(**{f"{STOCK}text_encoder{place}": None, f"{STOCK}tokenizer{place}": None})
         if "_2" in unwanted:
@@ -155,7 +157,9 @@ class _LongPromptPipeline(AdapterPipeline):
             components |= {f"{STOCK}text_encoder{place}": None, f"{STOCK}tokenizer{place}": None}
         kwargs = {**adapted_unet(finelip, kwargs), **kwargs}
         kwargs = {"config": str(folder), "finelip": finelip, "long_prompt": long_prompt, **components, **kwargs}
-        return super().from_single_file(str(file), **kwargs)
+        pipe = super().from_single_file(str(file), **kwargs)
+        fuse_adapters(pipe, finelip, kwargs)
+        return pipe
 
     @classmethod
     def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -418,7 +422,8 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptPipeline, StableDiffusionXLPip
         stock_text_encoder_2: The same for the second place.
         stock_tokenizer: The tokenizer of `stock_text_encoder`.
         stock_tokenizer_2: The tokenizer of `stock_text_encoder_2`.
-        finelip: Any source of `load_text_encoder`, for the first place.
+        finelip: Any source of `load_text_encoder`, for the first place; a `text_encoder_2/` in its folder takes the
+            second.
         long_prompt: How prompts are read.
         weighting: The syntax in which words get their weights: `"plain"` (none), `"a1111"` or `"compel"`.
         blend: Share of the long encoder's states in what `"stretch"` reads; the rest are the stock encoder's.
@@ -480,13 +485,16 @@ class FineLIPStableDiffusionXLPipeline(_LongPromptPipeline, StableDiffusionXLPip
     ):
         stretch = long_prompt == "stretch"
         first = in_place(text_encoder, tokenizer, stock_text_encoder, stock_tokenizer, finelip, stretch=stretch)
+        beside, asked = second_source(finelip)
         second = in_place(
             text_encoder_2,
             tokenizer_2,
             stock_text_encoder_2,
             stock_tokenizer_2,
+            beside,
             stretch=not is_stock(first.text_encoder),  # both encoders end at one length
             warn=False,
+            **asked,
         )
         super().__init__(
             vae=vae,

@@ -1,7 +1,8 @@
-"""Image tuning: a pipeline's text encoders are trained through its frozen UNet."""
+"""Image tuning: a pipeline's text encoders, or adapters of its UNet, are trained by what the UNet predicts."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,18 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from .denoising import denoising_target, min_snr_weights, squared_error
-from .lengthening import check_lengths, check_widths, long_encoder
+from .lengthening import check_lengths, check_widths, long_encoder, second_source
+from .model import FineLIPModel
+from .objective import Objective, TrainingStep
 from .pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
+from .recipes import Recipe
 from .text_encoder import TextEncoder
 
 STRETCHED = "stretched"
 """Given for a long encoder: the base's own, its positions stretched."""
-
-TERMS = ("denoising", "kept_states", "kept_predictions")
-"""What may be trained for; `docs/image_tuning.md` says what each is."""
 
 
 @dataclass
@@ -32,11 +33,13 @@ class Place:
         encoder: The long one.
         tokenizer: Its tokenizer.
         stock: The base's own, frozen.
+        stock_tokenizer: Its tokenizer.
     """
 
     encoder: TextEncoder
     tokenizer: CLIPTokenizer
     stock: TextEncoder
+    stock_tokenizer: CLIPTokenizer
 
 
 @dataclass
@@ -62,6 +65,25 @@ class Parts:
     def vae(self) -> AutoencoderKL:
         """The autoencoder."""
         return self.pipeline.vae
+
+    @property
+    def side(self) -> int:
+        """Pixels of the images that the model draws by itself."""
+        return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def kind(self) -> Any:
+        """This package's pipeline class for it."""
+        return FineLIPStableDiffusionXLPipeline if self.is_xl else FineLIPStableDiffusionPipeline
+
+    @property
+    def stock(self) -> dict[str, Any]:
+        """The stock encoders and tokenizers as this package's pipelines name them."""
+        found: dict[str, Any] = {}
+        for name, place in self.places.items():
+            found |= {f"stock_{name}": place.stock}
+            found |= {f"stock_{name}".replace("text_encoder", "tokenizer"): place.stock_tokenizer}
+        return found
 
     @property
     def is_xl(self) -> bool:
@@ -94,7 +116,7 @@ def load_parts(base: str | Path | None, finelip: str | Path | None = None, **opt
         assert encoder is not None and its_tokenizer is not None
         if encoder is own:  # a long base: training must not move the stock one
             encoder = copy.deepcopy(own)
-        places[name] = Place(encoder, its_tokenizer, own)
+        places[name] = Place(encoder, its_tokenizer, own, tokenizer)
     check_lengths([place.encoder for place in places.values()])
     check_widths([place.encoder for place in places.values()], stock.unet)
     for part in stock.components.values():
@@ -131,7 +153,9 @@ def _stock_pipeline(base: str | Path, options: dict[str, Any]) -> Any:
     }
     if kind not in known:
         raise ValueError(f"{base} is a {kind}: give a Stable Diffusion 1.x, 2.x or XL.")
-    return known[kind].from_pretrained(str(base), **options)
+    xl = known[kind] is FineLIPStableDiffusionXLPipeline._stock_class
+    unchecked = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
+    return known[kind].from_pretrained(str(base), **unchecked, **options)
 
 
 def _embedded(base: str | Path) -> list[str]:
@@ -149,7 +173,7 @@ def _source_of(name: str, finelip: str | Path | None) -> tuple[str | Path | None
         return None, {}
     if name == "text_encoder":
         return finelip, {}
-    return (finelip, {"subfolder": name}) if (Path(finelip) / name).is_dir() else (None, {})
+    return second_source(finelip)
 
 
 # ------------------------------------------------------------------------------------------------------------ a step
@@ -167,10 +191,6 @@ class Conditioning:
     states: Tensor
     pooled: Tensor | None = None
 
-    def rows(self, chosen: slice | Tensor) -> "Conditioning":
-        """Of some of the prompts."""
-        return Conditioning(self.states[chosen], None if self.pooled is None else self.pooled[chosen])
-
 
 def encode(encoders: Sequence[TextEncoder], input_ids: Sequence[Tensor], xl: bool) -> Conditioning:
     """Encodes prompts as diffusers' pipelines do, without their attention mask.
@@ -187,73 +207,243 @@ def encode(encoders: Sequence[TextEncoder], input_ids: Sequence[Tensor], xl: boo
     return Conditioning(states, outputs[-1].text_embeds)
 
 
-class TuningStep(nn.Module):
-    """From a batch to the terms of the loss; its parameters are the encoders'."""
+@dataclass(frozen=True)
+class Noised:
+    """What a UNet is asked about.
 
-    def __init__(self, parts: Parts, terms: Mapping[str, float], min_snr_gamma: float | None = None):
-        """Puts the parts together.
+    Attributes:
+        noisy: (B, C, H, W).
+        timesteps: (B,).
+        time_ids: (B, 6), what SDXL is told of the image.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    time_ids: Tensor
+
+    def rows(self, chosen: Tensor) -> "Noised":
+        """Of some examples."""
+        return Noised(self.noisy[chosen], self.timesteps[chosen], self.time_ids[chosen])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Prompts that fit the stock encoders, as these read them and as the long ones do.
+
+    Attributes:
+        before: By the stock encoders, of Ts states.
+        after: By the long ones, of at least Ts states.
+        noised: What their UNet is asked about.
+    """
+
+    before: Conditioning
+    after: Conditioning
+    noised: Noised
+
+
+Batch = Mapping[str, Any]
+
+
+def denoising(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
+    """The UNet's own loss on whole captions."""
+    scheduler, noised = step.scheduler, step.noised(batch)
+    target = denoising_target(scheduler, batch["latents"], batch["noise"], noised.timesteps)
+    gamma = step.min_snr_gamma
+    weights = None if gamma is None else min_snr_weights(scheduler, noised.timesteps, gamma)
+    return squared_error(step.predict(noised, step.read(batch)), target, weights)
+
+
+def teacher_predictions(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
+    """What the frozen UNet predicted along its own trajectory, under a strategy that reads the whole prompt."""
+    taught = batch.get("taught", batch)
+    return squared_error(step.predict(step.noised(taught), step.read(taught)), taught["predictions"])
+
+
+def kept_states(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
+    """The stock encoders' states of prompts that they read whole, and SDXL's pooled output."""
+    assert kept is not None
+    error = squared_error(kept.after.states[:, : kept.before.states.shape[1]], kept.before.states)
+    if kept.before.pooled is not None and kept.after.pooled is not None:
+        error = error + squared_error(kept.after.pooled, kept.before.pooled)
+    return error
+
+
+def kept_predictions(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
+    """What the UNet predicts with the stock encoders for prompts that they read whole."""
+    assert kept is not None
+    with torch.no_grad(), step.without_adapters():
+        target = step.predict(kept.noised, kept.before)
+    return squared_error(step.predict(kept.noised, kept.after), target)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of the loss.
+
+    Attributes:
+        function: Of the step, a batch, and prompts that are kept; a scalar.
+        reads: What must be there: `images`, `teacher`, `kept`.
+    """
+
+    function: Callable[["TuningStep", Batch, Kept | None], Tensor]
+    reads: str
+
+
+TERMS = {
+    "denoising": Term(denoising, "images"),
+    "teacher_predictions": Term(teacher_predictions, "teacher"),
+    "kept_states": Term(kept_states, "kept"),
+    "kept_predictions": Term(kept_predictions, "kept"),
+}
+"""What may be trained for, beside the recipes of `finetune_encoder.py`; `docs/image_tuning.md` says what each is."""
+
+
+class TuningStep(nn.Module):
+    """From a batch to the terms of the loss. Its parameters are those that are trained, by name."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        terms: Mapping[str, float],
+        min_snr_gamma: float | None = None,
+        retrieval: TrainingStep | None = None,
+        retrieval_weight: float = 1.0,
+    ):
+        """Puts the parts together, once it is known what requires gradients.
 
         Args:
             parts: Of the pipeline.
             terms: Weights of the terms, by name.
             min_snr_gamma: Weights the denoising loss by min-SNR; None does not.
+            retrieval: A recipe's step whose text tower is the first encoder, see `share_tower`.
+            retrieval_weight: Of the recipe's terms.
         """
         super().__init__()
-        self.encoders = nn.ModuleDict({name: place.encoder for name, place in parts.places.items()})
         self.terms, self.min_snr_gamma, self.is_xl = dict(terms), min_snr_gamma, parts.is_xl
-        self._frozen = (parts.unet, parts.scheduler, [place.stock for place in parts.places.values()])  # no state
+        self.retrieval_weight, self.scheduler = retrieval_weight, parts.scheduler
+        self._frozen = (parts, retrieval)  # what is not trained is no part of the state
+        self.trained = nn.ParameterDict(
+            {name.replace(".", "/"): weight for name, weight in trained_of(parts, retrieval)}
+        )
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, read: Conditioning, time_ids: Tensor | None) -> Tensor:
+    @property
+    def parts(self) -> Parts:
+        """Of the pipeline."""
+        return self._frozen[0]
+
+    @property
+    def encoders(self) -> list[TextEncoder]:
+        """The long ones."""
+        return [place.encoder for place in self.parts.places.values()]
+
+    def without_adapters(self) -> Any:
+        """A context in which the UNet is the base's own."""
+        unet: Any = self.parts.unet
+        return _disabled(unet) if getattr(unet, "peft_config", None) else nullcontext()
+
+    def noised(self, batch: Batch) -> Noised:
+        """What the UNet is given of a batch of images, or of a teacher's trajectories."""
+        noisy = batch.get("noisy")
+        if noisy is None:
+            noisy = self.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
+        return Noised(noisy, batch["timesteps"], batch["time_ids"])
+
+    def read(self, batch: Batch, name: str = "input_ids") -> Conditioning:
+        """What the long encoders make of the prompts of a batch."""
+        return encode(self.encoders, [batch[key] for key in (name, f"{name}_2") if key in batch], self.is_xl)
+
+    def predict(self, noised: Noised, read: Conditioning) -> Tensor:
         """The UNet's prediction, (B, C, H, W)."""
-        unet = self._frozen[0]
-        added = None if read.pooled is None else {"text_embeds": read.pooled.to(unet.dtype), "time_ids": time_ids}
+        unet = self.parts.unet
+        added = None if read.pooled is None else {"text_embeds": read.pooled.to(unet.dtype),
+                                                  "time_ids": noised.time_ids}  # fmt: skip
         return unet(
-            noisy.to(unet.dtype), timesteps, read.states.to(unet.dtype), added_cond_kwargs=added, return_dict=False
-        )[0]
+            noised.noisy.to(unet.dtype), noised.timesteps, read.states.to(unet.dtype), added_cond_kwargs=added,
+            return_dict=False,
+        )[0]  # fmt: skip
 
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def keep(self, batch: Batch) -> Kept:
+        """Encodes the prompts that are kept, twice."""
+        stock = [place.stock for place in self.parts.places.values()]
+        length = min(model.config.max_position_embeddings for model in stock)
+        ids = [batch[key][:, :length] for key in ("kept_ids", "kept_ids_2") if key in batch]
+        with torch.no_grad():
+            before = encode(stock, ids, self.is_xl)
+        return Kept(before, self.read(batch, "kept_ids"), self.noised(batch).rows(batch["kept_rows"]))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms by name, each a mean over the batch.
 
         Args:
-            batch: latents, noise (B, C, H, W); timesteps (B,); `input_ids` and, for SDXL, `input_ids_2` (B, T); with
-                terms that keep, `kept_ids`, `kept_ids_2` (K, Tk), prompts of the examples `kept_rows` (K,), of which
-                the stock encoders read the first 77 positions; for SDXL `time_ids` (B, 6).
+            batch: latents and noise (B, C, H, W), or, of a teacher, noisy and predictions (B, C, H, W); timesteps
+                (B,); time_ids (B, 6); `input_ids` and, for SDXL, `input_ids_2` (B, T); with terms that keep,
+                `kept_ids`, `kept_ids_2` (K, Tk), prompts of the examples `kept_rows` (K,), of which the stock
+                encoders read the first 77 positions. `taught`: a teacher's batch beside one of images. `pairs`: a
+                batch of `data.batches.Collator` for the recipe.
         """
-        _, scheduler, stock = self._frozen
-        encoders = list(self.encoders.values())
-        latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        values: dict[str, Tensor] = {}
-        if self.terms.get("denoising"):
-            read = encode(encoders, _ids(batch, "input_ids"), self.is_xl)
-            target = denoising_target(scheduler, latents, noise, timesteps)
-            weights = None if self.min_snr_gamma is None else min_snr_weights(scheduler, timesteps, self.min_snr_gamma)
-            values["denoising"] = squared_error(
-                self.predict(noisy, timesteps, read, batch.get("time_ids")), target, weights
-            )
-        if self.terms.get("kept_states") or self.terms.get("kept_predictions"):
-            ids = _ids(batch, "kept_ids")
-            length = min(model.config.max_position_embeddings for model in stock)
-            with torch.no_grad():
-                before = encode(stock, [each[:, :length] for each in ids], self.is_xl)
-            after = encode(encoders, ids, self.is_xl)
-            if self.terms.get("kept_states"):
-                values["kept_states"] = squared_error(after.states[:, :length], before.states)
-                if before.pooled is not None and after.pooled is not None:
-                    values["kept_states"] = values["kept_states"] + squared_error(after.pooled, before.pooled)
-            if self.terms.get("kept_predictions"):
-                rows = batch["kept_rows"]
-                time_ids = batch["time_ids"][rows] if "time_ids" in batch else None
-                with torch.no_grad():
-                    target = self.predict(noisy[rows], timesteps[rows], before, time_ids)
-                values["kept_predictions"] = squared_error(
-                    self.predict(noisy[rows], timesteps[rows], after, time_ids), target
-                )
-        return {name: self.terms[name] * value for name, value in values.items()}
+        kept = self.keep(batch) if "kept_ids" in batch else None
+        values = {name: weight * TERMS[name].function(self, batch, kept) for name, weight in self.terms.items()}
+        retrieval = self._frozen[1]
+        if retrieval is not None:
+            found = retrieval(batch["pairs"])
+            values |= {name: self.retrieval_weight * value for name, value in found.items()}
+        return values
 
 
-def _ids(batch: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    return [batch[key] for key in (name, f"{name}_2") if key in batch]
+class _disabled:
+    """Switches the adapters of a UNet off and on again."""
+
+    def __init__(self, unet: Any):
+        self.unet = unet
+
+    def __enter__(self) -> None:
+        self.unet.disable_adapters()
+
+    def __exit__(self, *_: object) -> None:
+        self.unet.enable_adapters()
+
+
+def trained_of(parts: Parts, retrieval: TrainingStep | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+    """What requires gradients, each weight once, by name."""
+    modules: dict[str, nn.Module] = {name: place.encoder for name, place in parts.places.items()}
+    modules["unet"] = parts.unet
+    if retrieval is not None:
+        modules["retrieval"] = retrieval
+    seen: set[int] = set()
+    for prefix, module in modules.items():
+        for name, weight in module.named_parameters():
+            if weight.requires_grad and id(weight) not in seen:
+                seen.add(id(weight))
+                yield f"{prefix}.{name}", weight
+
+
+def share_tower(model: FineLIPModel, encoder: TextEncoder) -> None:
+    """Makes an encoder the text tower of a model, weight for weight, so that one training moves both.
+
+    Raises:
+        ValueError: If the model's tower has other layers. One sentence.
+    """
+    own: Any = model.clip.text_model
+    tower: Any = getattr(encoder, "text_model", encoder)
+    shapes = [(len(each.encoder.layers), each.config.hidden_size) for each in (own, tower)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the retrieval model's text tower has (layers, width) {shapes[0]} and the encoder {shapes[1]}: give the "
+            "CLIP that the encoder was made of (--retrieval_model)."
+        )
+    for name in ("embeddings", "encoder", "final_layer_norm"):
+        setattr(own, name, getattr(tower, name))
+
+
+def retrieval_step(
+    model: FineLIPModel, recipe: Recipe, teacher: FineLIPModel | None, gather: Callable[[Any], Any]
+) -> TrainingStep:
+    """A recipe's step of which the image tower is frozen; text tower, scale and heads are trained."""
+    for part in (model.clip.vision_model, model.clip.visual_projection):
+        part.requires_grad_(False)
+    objective = Objective(recipe, model.config.clip_config.projection_dim, model.config.num_refined_tokens)
+    clip = teacher.clip.requires_grad_(False).eval() if teacher is not None and objective.needs_teacher else None
+    return TrainingStep(model, objective, clip, gather)
 
 
 def prepare_frozen(parts: Parts, device: torch.device, dtype: torch.dtype) -> None:
@@ -262,7 +452,10 @@ def prepare_frozen(parts: Parts, device: torch.device, dtype: torch.dtype) -> No
     On a CPU in bfloat16 attention is computed step by step, which is the faster way there; in float32 it is not.
     """
     stepwise = device.type == "cpu" and dtype == torch.bfloat16
-    parts.unet.to(device, dtype)
+    parts.unet.to(device)
+    for weight in parts.unet.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.to(dtype)
     for place in parts.places.values():
         place.stock.to(device)
         place.encoder.to(device, torch.float32)
@@ -271,8 +464,3 @@ def prepare_frozen(parts: Parts, device: torch.device, dtype: torch.dtype) -> No
                 encoder.set_attn_implementation("eager")
     if stepwise:
         parts.unet.set_attn_processor(AttnProcessor())
-
-
-def is_pooling(text_encoder: TextEncoder) -> bool:
-    """Whether an encoder has a pooled output, as SDXL's second."""
-    return isinstance(text_encoder, CLIPTextModelWithProjection)

@@ -1,6 +1,7 @@
-"""What a run draws of held-out prompts while it trains."""
+"""What a run draws of held-out prompts while it trains, and what of them is found in the pictures."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scenes import Caption, describe, findings, read, sample_scene
+from .files import writing
+from .scenes import Caption, describe, findings, read, sample_scene, telling
 
-DRAWN_AT_ONCE = 16
+Counts = list[list[int]]
+"""For each prompt: facts found and facts stated before token 77, and the same after it."""
 
 
 def prompts_of(file: Path | None, number: int, data: str) -> list[str]:
@@ -19,13 +22,15 @@ def prompts_of(file: Path | None, number: int, data: str) -> list[str]:
     Args:
         file: UTF-8, a prompt a line; None is scenes.
         number: How many, at most.
-        data: What is trained on.
+        data: What is trained on; `scenes:WORDING` gives the wording.
 
     Raises:
         ValueError: If the file cannot be read or is empty.
     """
     if file is None:
-        return [describe(sample_scene(seed, "test"), seed) for seed in range(number)]
+        world, _, wording = data.partition(":")
+        told = telling(wording) if world == "scenes" and wording else {}
+        return [describe(sample_scene(seed, "test"), seed, **told) for seed in range(number)]
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -36,43 +41,81 @@ def prompts_of(file: Path | None, number: int, data: str) -> list[str]:
 
 
 @torch.no_grad()
-def draw(pipe: Any, prompts: Sequence[str], side: int, steps: int, guidance_scale: float, seed: int) -> Tensor:
-    """Draws each prompt from the noise of a seed of its own.
+def draw(
+    pipe: Any, prompts: Sequence[str], side: int, steps: int, guidance_scale: float, seed: int, batch_size: int = 16
+) -> Tensor:
+    """Draws each prompt from the noise of a seed of its own; the autoencoder decodes in single precision.
 
     Args:
-        pipe: Diffusers' pipeline.
+        pipe: diffusers' pipeline, its encoders and UNet on the device where it draws.
         prompts: Prompt i has the seed `seed + i`.
         side: Pixels.
         steps: Denoising steps.
         guidance_scale: Of guidance without a classifier.
         seed: Of the first.
+        batch_size: Prompts drawn at once.
 
     Returns:
-        (N, 3, H, W) in 0..1.
+        (N, 3, H, W) in 0..1, on the CPU.
     """
-    parts = []
-    for first in range(0, len(prompts), DRAWN_AT_ONCE):
-        texts = [str(prompt) for prompt in prompts[first : first + DRAWN_AT_ONCE]]
-        generators = [torch.Generator().manual_seed(seed + first + place) for place in range(len(texts))]
-        drawn = pipe(texts, height=side, width=side, num_inference_steps=steps, guidance_scale=guidance_scale,
-                     generator=generators, output_type="pt")  # fmt: skip
-        parts.append(drawn.images.float().cpu())
+    device, parts = pipe.unet.device, []
+    place = pipe.vae.device
+    pipe.vae.to(device).float()
+    for first in range(0, len(prompts), batch_size):
+        texts = [str(prompt) for prompt in prompts[first : first + batch_size]]
+        generators = [torch.Generator().manual_seed(seed + first + number) for number in range(len(texts))]
+        latents = pipe(texts, height=side, width=side, num_inference_steps=steps, guidance_scale=guidance_scale,
+                       generator=generators, output_type="latent").images  # fmt: skip
+        with torch.autocast(device.type, enabled=False):
+            images = pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor).sample
+        parts.append((images / 2 + 0.5).clamp(0, 1).cpu())
+    pipe.vae.to(place)
     return torch.cat(parts)
 
 
-def recall(prompts: Sequence[str], images: Tensor, tokenizer: Any) -> dict[str, float]:
-    """Shares of the facts of scenes that images show, before and after token 77; nothing for other prompts.
+def counts_of(prompts: Sequence[str], images: Iterable[Tensor], tokenizer: Any) -> Counts:
+    """What of the facts of scenes images show; zeros for other prompts.
 
     Args:
         prompts: Captions of scenes, or others.
         images: (N, 3, H, W) in 0..1.
         tokenizer: Counts the tokens.
     """
-    found: dict[bool, list[bool]] = {False: [], True: []}
+    counts: Counts = []
     for prompt, image in zip(prompts, images, strict=True):
+        row = [0, 0, 0, 0]
         if isinstance(prompt, Caption):
             shown = read((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
             for finding in findings(prompt, shown, tokenizer):
-                found[finding.after].append(finding.found)
-    names = {False: "found_before_77", True: "found_after_77"}
-    return {names[after]: float(np.mean(values)) for after, values in found.items() if values}
+                row[2 * finding.after] += finding.found
+                row[2 * finding.after + 1] += 1
+        counts.append(row)
+    return counts
+
+
+def recall(counts: Counts) -> dict[str, float]:
+    """Shares of the facts that were found, before and after token 77; nothing where none is stated."""
+    found_before, before, found_after, after = np.array(counts).reshape(-1, 4).sum(0).tolist()
+    figures = {"found_before_77": (found_before, before), "found_after_77": (found_after, after)}
+    return {name: found / stated for name, (found, stated) in figures.items() if stated}
+
+
+class Curve:
+    """Figures over the updates of a run, a line of JSON each; a run that is resumed goes on from its checkpoint.
+
+    Args:
+        file: Of the lines.
+        first: The update that the run goes on from; what came later is left out.
+    """
+
+    def __init__(self, file: Path, first: int):
+        self.file = file
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self.points = [point for line in lines if (point := json.loads(line))["update"] <= first]
+
+    def add(self, update: int, figures: dict[str, float], counts: Counts) -> None:
+        """Takes the figures of an update, in the place of older ones of it."""
+        self.points = [point for point in self.points if point["update"] != update]
+        self.points.append({"update": update, "figures": figures, "counts": counts})
+        with writing(self.file) as part:
+            part.write_text("".join(json.dumps(point) + "\n" for point in self.points), encoding="utf-8")

