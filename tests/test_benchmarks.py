@@ -153,3 +153,17 @@ def test_every_bar_of_full_size_can_be_met_and_missed(monkeypatch: pytest.Monkey
     assert "1.020 times the stock pipeline's CPU seconds at 496" in same_length
     assert "1.070 times the CPU seconds of 77 tokens at 248" in longer
     assert full_size.missed_bars("encoding", costs(1.0, 3.0)) == []
+
+
+def test_image_tuning_sets_an_update_beside_the_bare_unet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny UNet is a small part of an update, so the bar is missed here, and that is said."""
+    flags = ["--tiny", "--batch_size", "2", "--rounds", "1", "--latent_size", "8", "--mixed_precision", "no"]
+    done = scripts.run(BENCHMARKS / "image_tuning.py", *flags, "--check")
+    assert done.returncode != 0 and "times the bare UNet; the bar is 1.15" in done.stderr.splitlines()[-1]
+    time, memory = done.stdout.split("images of 64 pixels")
+    rows = table_of(time)
+    assert list(rows) == ["77", "248"]
+    for alone, whole, ratio in rows.values():
+        assert whole > alone > 0 and ratio == pytest.approx(whole / alone, rel=0.05)  # printed to a tenth of a ms
+    kept = table_of(memory)
+    assert kept["without checkpointing"][0] > kept["with checkpointing"][0] >= 0
