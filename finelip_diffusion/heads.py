@@ -84,11 +84,16 @@ _HEADS: dict[str, Callable[[Mapping[str, Tensor]], nn.Module]] = {
 def finelip_score(model: FineLIPModel) -> TokenScore:
     """FineLIP's token score: refined tokens where the model refines them, else all tokens."""
 
+    def image(tokens: Tensor) -> Tensor:
+        tokens, mask = model.local_image(tokens)
+        return tokens.masked_fill(~mask[..., None], 0)  # what does not count is told by its length
+
     def compare(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        scores = late_interaction(image, text, text_mask=mask)
+        counts = None if model.config.adaptive_share is None else image.any(-1)
+        scores = late_interaction(image, text, counts, mask)
         return scores, scores
 
-    return TokenScore("finelip", model.local_image, model.local_text, compare)
+    return TokenScore("finelip", image, model.local_text, compare)
 
 
 def own_score(model: FineLIPModel, heads: Mapping[str, nn.Module]) -> TokenScore | None:

@@ -1,5 +1,6 @@
 """FineLIP's model: a CLIP whose text tower reads 248 tokens, with token refinement for both towers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from .finelip_layout import finelip_layout, refinement_weights
 from .layouts import HEAD_WIDTH
 from .locations import locate
 from .positions import KEPT_POSITIONS
-from .refinement import TokenRefinement
+from .refinement import TokenRefinement, adaptive_mask
 from .scores import late_interaction
 from .text_encoder import MAX_LENGTH, _tokenizer, load_text_encoder
 from .towers import image_tower
@@ -45,6 +46,10 @@ class FineLIPConfig(PreTrainedConfig):
         refine_text: whether the caption's are.
         num_refined_tokens: tokens that refinement leaves of each, CLS and end token aside; by default 20% of the
             patches.
+        num_refined_text_tokens: the same of the caption alone; by default as many as of the image.
+        adaptive_share: how many of them count, for a token that the refinement looks at (`refinement.adaptive_mask`);
+            by default all count.
+        global_tokens: whether CLS and end token stand beside the refined tokens in the token score.
         score: by what the model was trained to compare images and captions, if it is not the global cosine or
             FineLIP's: `"laps"`, `"flair"`, `"filip"` (`heads.own_score`).
         score_settings: of that score.
@@ -60,6 +65,9 @@ class FineLIPConfig(PreTrainedConfig):
         refine_image: bool = True,
         refine_text: bool = True,
         num_refined_tokens: int | None = None,
+        num_refined_text_tokens: int | None = None,
+        adaptive_share: float | None = None,
+        global_tokens: bool = True,
         score: str | None = None,
         score_settings: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -70,11 +78,44 @@ class FineLIPConfig(PreTrainedConfig):
         self.refine_image = refine_image
         self.refine_text = refine_text
         self.score, self.score_settings = score, score_settings
-        vision = self.clip_config.vision_config
-        self.num_refined_tokens = num_refined_tokens or max(
-            1, int(REFINED_SHARE * (vision.image_size // vision.patch_size) ** 2)
-        )
+        self.num_refined_tokens = num_refined_tokens or refined_number(REFINED_SHARE, self.clip_config)
+        self.num_refined_text_tokens = num_refined_text_tokens or self.num_refined_tokens
+        self.adaptive_share, self.global_tokens = adaptive_share, global_tokens
         super().__init__(**kwargs)
+
+
+def refined_number(share: float, config: CLIPConfig) -> int:
+    """A share of the patches of an image as a number of refined tokens, rounded down, at least 1."""
+    vision = config.vision_config
+    return max(1, int(share * (vision.image_size // vision.patch_size) ** 2))
+
+
+def refinement_settings(
+    given: Mapping[str, Any], config: CLIPConfig, own_number: int | None, where: str
+) -> dict[str, Any]:
+    """Shares of the patches as numbers of tokens, for `FineLIPConfig`.
+
+    Args:
+        given: see `FineLIPModel.from_clip`; a share that is None is the default.
+        config: of the towers.
+        own_number: of refined tokens that the source's weights make; None where it has no refinement.
+        where: What to call the source in error messages.
+
+    Raises:
+        ValueError: If a share asks for another number than the source has.
+    """
+    settings: dict[str, Any] = {"num_refined_tokens": own_number}
+    shares = {"num_refined_tokens": "refined_share", "num_refined_text_tokens": "refined_text_share"}
+    for name, key in shares.items():
+        if (share := given.get(key)) is None:
+            continue
+        settings[name] = refined_number(share, config)
+        if own_number is not None and settings[name] != own_number:
+            raise ValueError(
+                f"{where} has a refinement to {own_number} tokens, and {key}={share:g} asks for {settings[name]}: "
+                "leave the share out, or take a CLIP without refinement."
+            )
+    return settings | {key: value for key, value in given.items() if key not in shares.values()}
 
 
 @dataclass
@@ -86,7 +127,7 @@ class FineLIPOutput(ModelOutput):
         image_tokens: (B, 1 + P, E), CLS first, normed and projected, not of length 1.
         text_tokens: (B, T, E), likewise.
         text_mask: (B, T), True from the start token to the end token.
-        local_image_tokens: (B, M, E), of length 1: what the token score reads.
+        local_image_tokens, local_image_mask: (B, M, E), of length 1, and (B, M): what the token score reads.
         local_text_tokens, local_text_mask: (B, N, E) and (B, N), likewise.
         logit_scale: (), the factor itself, not its logarithm.
     """
@@ -97,6 +138,7 @@ class FineLIPOutput(ModelOutput):
     text_tokens: Tensor | None = None
     text_mask: Tensor | None = None
     local_image_tokens: Tensor | None = None
+    local_image_mask: Tensor | None = None
     local_text_tokens: Tensor | None = None
     local_text_mask: Tensor | None = None
     logit_scale: Tensor | None = None
@@ -104,7 +146,9 @@ class FineLIPOutput(ModelOutput):
     def scores(self, global_share: float = GLOBAL_SHARE) -> Tensor:
         """FineLIP*: 0.8 global cosine + 0.2 token score, (B_image, B_text)."""
         own: Any = self  # its fields are optional, as those of every `ModelOutput`
-        tokens = late_interaction(own.local_image_tokens, own.local_text_tokens, text_mask=own.local_text_mask)
+        tokens = late_interaction(
+            own.local_image_tokens, own.local_text_tokens, own.local_image_mask, own.local_text_mask
+        )
         return global_share * own.image_embeds @ own.text_embeds.T + (1 - global_share) * tokens
 
 
@@ -147,9 +191,9 @@ class FineLIPModel(PreTrainedModel):
         positions.keep = config.keep
         positions.weight = self._positions.weight  # drawn by CLIP; transformers 5.6 does not draw it again
         self.clip.text_model.embeddings.position_embedding = positions
-        width, number = config.clip_config.projection_dim, config.num_refined_tokens
-        self.image_refinement = TokenRefinement(width, number) if config.refine_image else None
-        self.text_refinement = TokenRefinement(width, number) if config.refine_text else None
+        width = config.clip_config.projection_dim
+        self.image_refinement = TokenRefinement(width, config.num_refined_tokens) if config.refine_image else None
+        self.text_refinement = TokenRefinement(width, config.num_refined_text_tokens) if config.refine_text else None
         self.post_init()
 
     @torch.no_grad()
@@ -173,6 +217,7 @@ class FineLIPModel(PreTrainedModel):
         keep: int = KEPT_POSITIONS,
         refine_image: bool | None = True,
         refine_text: bool | None = True,
+        refinement: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = torch.float32,
         hidden_act: str | None = None,
         attn_implementation: str | None = None,
@@ -188,6 +233,8 @@ class FineLIPModel(PreTrainedModel):
             refine_image: Whether the image's tokens are refined: as a file of FineLIP does (`cross_net.…`), else by
                 weights that are drawn anew. None: only where the source has the weights.
             refine_text: The same for the caption's tokens.
+            refinement: Of `FineLIPConfig`, how tokens are refined and compared: `refined_share` and
+                `refined_text_share` of the patches (a number of tokens follows), `adaptive_share`, `global_tokens`.
             dtype: Of the result; None keeps the widest of the text weights.
             hidden_act: `"quick_gelu"` or `"gelu"`, of both towers of a file; by default the rule of
                 `TextWeights.config`. Folders and hub ids have a `config.json`, which is followed.
@@ -214,9 +261,9 @@ class FineLIPModel(PreTrainedModel):
         checkpoint = read_checkpoint(file)
         tensors, vision = image_tower(checkpoint, str(file), text.config.hidden_act)
         left_out = refine_image is False and refine_text is False
-        refinement = {} if left_out else refinement_weights(checkpoint, str(file))
+        found_weights = {} if left_out else refinement_weights(checkpoint, str(file))
         refine_image, refine_text = (
-            bool(refinement) if flag is None else flag for flag in (refine_image, refine_text)
+            bool(found_weights) if flag is None else flag for flag in (refine_image, refine_text)
         )
         if config is not None:  # what shapes cannot say, too
             vision = CLIPConfig.from_dict(config).vision_config.to_dict()
@@ -228,9 +275,10 @@ class FineLIPModel(PreTrainedModel):
         clip_config = CLIPConfig(
             text_config=text.config.to_dict(), vision_config=vision, projection_dim=text.config.projection_dim
         )
-        number = len(refinement["image_refinement.weigh.3.bias"]) if refinement else None
+        own_number = len(found_weights["image_refinement.weigh.3.bias"]) if found_weights else None
+        settings = refinement_settings(refinement or {}, clip_config, own_number, str(file))
         model = cls._from_config(
-            FineLIPConfig(clip_config, keep, refine_image, refine_text, number),
+            FineLIPConfig(clip_config, keep, refine_image, refine_text, **settings),
             attn_implementation=attn_implementation,
         ).to(text.dtype)
         own = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in text.state_dict().items()}
@@ -246,8 +294,8 @@ class FineLIPModel(PreTrainedModel):
             raise ValueError(f"{file} holds weights of the wrong shape: {', '.join(wrong[:5])}.")
         model.clip.load_state_dict(found)
         for side in ("image_refinement", "text_refinement"):
-            if refinement and (module := getattr(model, side)) is not None:
-                own = {name: refinement[f"{side}.{name}"] for name in module.state_dict()}
+            if found_weights and (module := getattr(model, side)) is not None:
+                own = {name: found_weights[f"{side}.{name}"] for name in module.state_dict()}
                 if wrong := [name for name, tensor in module.state_dict().items() if tensor.shape != own[name].shape]:
                     raise ValueError(
                         f"{file} holds a token refinement that does not fit its embeddings of width "
@@ -282,12 +330,40 @@ class FineLIPModel(PreTrainedModel):
         tokens = self.clip.text_projection(states)
         return F.normalize(last_tokens(tokens, attention_mask), dim=-1), tokens, attention_mask.bool()
 
-    def local_image(self, image_tokens: Tensor) -> Tensor:
-        """What the token score reads of an image, CLS and refined patches; (B, 1 + P, E) -> (B, M, E), of length 1."""
+    def span_embeds(self, input_ids: Tensor, spans: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes captions, and spans of them by the mean of their last states in front of the final norm.
+
+        Args:
+            input_ids: (B, T), padded at the end.
+            spans: (B, S, 2), first token and the one behind the last; an empty span has the mean 0.
+
+        Returns:
+            Tokens as of `encode_text` (B, T, E), and embeddings of the spans, not of length 1 (B, S, E).
+        """
+        output = self.clip.text_model(input_ids, output_hidden_states=True)
+        states = output.hidden_states[-1]  # not normed
+        position = torch.arange(states.shape[1], device=states.device)
+        inside = ((position >= spans[..., :1]) & (position < spans[..., 1:])).to(states.dtype)  # (B, S, T)
+        means = inside @ states / inside.sum(-1, keepdim=True).clamp(min=1)  # (B, S, D)
+        project = self.clip.text_projection
+        return project(output.last_hidden_state), project(self.clip.text_model.final_layer_norm(means))
+
+    def local_image(self, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What the token score reads of an image: CLS and refined patches.
+
+        Args:
+            image_tokens: (B, 1 + P, E).
+
+        Returns:
+            Tokens of length 1 (B, M, E), and their mask (B, M).
+        """
+        cls, patches = image_tokens[:, :1], image_tokens[:, 1:]
+        mask = patches.new_ones(patches.shape[:2], dtype=torch.bool)
         if self.image_refinement is not None:
-            refined = self.image_refinement(image_tokens[:, 1:])
-            image_tokens = torch.cat([image_tokens[:, :1], refined], dim=1)
-        return F.normalize(image_tokens, dim=-1)
+            patches, mask = self._refined(self.image_refinement, patches, None)
+        if self.config.global_tokens:
+            patches, mask = torch.cat([cls, patches], dim=1), F.pad(mask, (1, 0), value=True)
+        return F.normalize(patches, dim=-1), mask
 
     def local_text(self, text_tokens: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """What the token score reads of a caption: refined tokens, then the end token; of length 1.
@@ -299,13 +375,24 @@ class FineLIPModel(PreTrainedModel):
         Returns:
             Tokens (B, N, E), and their mask (B, N).
         """
+        positions = torch.arange(text_mask.shape[1], device=text_mask.device)
+        others = text_mask & (positions < text_mask.sum(1, keepdim=True) - 1)
         if self.text_refinement is not None:
-            positions = torch.arange(text_mask.shape[1], device=text_mask.device)
-            others = text_mask & (positions < text_mask.sum(1, keepdim=True) - 1)
             ends = last_tokens(text_tokens, text_mask)
-            text_tokens = torch.cat([self.text_refinement(text_tokens, others), ends[:, None]], dim=1)
-            text_mask = text_mask.new_ones(text_tokens.shape[:2])
+            text_tokens, text_mask = self._refined(self.text_refinement, text_tokens, others)
+            if self.config.global_tokens:
+                text_tokens = torch.cat([text_tokens, ends[:, None]], dim=1)
+                text_mask = F.pad(text_mask, (0, 1), value=True)
+        elif not self.config.global_tokens:
+            text_mask = others
         return F.normalize(text_tokens, dim=-1), text_mask
+
+    def _refined(self, refinement: TokenRefinement, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Refined tokens (B, K, E), and which of them count (B, K)."""
+        refined, weights = refinement.refine(tokens, mask)
+        if self.config.adaptive_share is None:
+            return refined, weights.new_ones(refined.shape[:2], dtype=torch.bool)
+        return refined, adaptive_mask(weights, self.config.adaptive_share)
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -313,6 +400,7 @@ class FineLIPModel(PreTrainedModel):
         """Encodes images (B, 3, H, W) and captions (B', T)."""
         image_embeds, image_tokens = self.encode_image(pixel_values)
         text_embeds, text_tokens, text_mask = self.encode_text(input_ids, attention_mask)
+        local_image_tokens, local_image_mask = self.local_image(image_tokens)
         local_text_tokens, local_text_mask = self.local_text(text_tokens, text_mask)
         return FineLIPOutput(
             image_embeds=image_embeds,
@@ -320,7 +408,8 @@ class FineLIPModel(PreTrainedModel):
             image_tokens=image_tokens,
             text_tokens=text_tokens,
             text_mask=text_mask,
-            local_image_tokens=self.local_image(image_tokens),
+            local_image_tokens=local_image_tokens,
+            local_image_mask=local_image_mask,
             local_text_tokens=local_text_tokens,
             local_text_mask=local_text_mask,
             logit_scale=self.clip.logit_scale.exp(),
@@ -362,6 +451,16 @@ class FineLIPModel(PreTrainedModel):
                     f"FineLIP's layout implies quick_gelu and heads of width {HEAD_WIDTH}, but the {name} tower has "
                     f"{tower.hidden_act} and heads of width {width}: keep the model with save_pretrained."
                 )
+        config = self.config
+        if (
+            config.adaptive_share
+            or not config.global_tokens
+            or (config.num_refined_text_tokens != config.num_refined_tokens)
+        ):
+            raise ValueError(
+                "FineLIP's layout has one number of refined tokens for both towers, all of which count beside CLS and "
+                "end token: keep this model with save_pretrained."
+            )
         tensors = finelip_layout(self.state_dict())
         with writing(path) as part:
             if path.suffix == ".pt":
@@ -400,8 +499,13 @@ def load_clip(
         own = {
             name: value
             for name, value in options.items()
-            if name not in (*hub, "subfolder", "hidden_act") and (value is not None or not name.startswith("refine_"))
+            if name not in (*hub, "subfolder", "hidden_act", "refinement")
+            and (value is not None or not name.startswith("refine_"))
         }
+        saved = FineLIPConfig.from_dict(config)
+        number = saved.num_refined_tokens if saved.refine_image or saved.refine_text else None
+        settings = refinement_settings(options.get("refinement") or {}, saved.clip_config, number, str(folder))
+        own |= {name: value for name, value in settings.items() if value is not None}
         model = FineLIPModel.from_pretrained(folder, **own).eval()
     else:
         of_source: dict[str, Any] = {"refine_image": None, "refine_text": None}

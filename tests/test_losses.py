@@ -12,13 +12,25 @@ from torch import Tensor
 
 from finelip_diffusion import losses
 from finelip_diffusion.losses import infonce_loss, sigmoid_loss, triplet_margin_loss
-from finelip_diffusion.losses.embeddings import infonce, pca_image, sigmoid
-from finelip_diffusion.losses.tokens import filip, finelip, flair, goal_text_span, laps, sparc
+from finelip_diffusion.losses.embeddings import (
+    cloob,
+    edited,
+    hn_clip,
+    infoloob,
+    infonce,
+    neg_clip,
+    pca_image,
+    sigmoid,
+    softened,
+)
+from finelip_diffusion.losses.primitives import infoloob_loss
+from finelip_diffusion.losses.tokens import beta_clip, filip, finelip, flair, goal_text_span, laps, sparc
 from finelip_diffusion.scores import laps_scores
 
 B, P, T, S, E = 5, 6, 7, 3, 4
 IDS = [3, 1, 3, 8, 5]  # captions 0 and 2 are of one image
 LENGTHS = [7, 4, 2, 6, 5]
+EDITS = [[1, 1], [1, 0], [0, 0], [1, 1], [1, 1]]  # the second caption has one edit, the third none
 SPANS = [[[1, 4], [4, 6], [1, 6]], [[1, 3], [0, 0], [0, 0]], [[0, 0]] * 3, [[1, 2], [2, 5], [0, 0]], [[1, 4]] * 3]
 
 Batch = dict[str, Any]
@@ -46,11 +58,16 @@ def make_batch(seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
         "text_embeds": draw(B, E),
         "short_embeds": draw(B, E),
         "sub_embeds": draw(B, S, E, unit=False),
+        "span_embeds": draw(B, S, E, unit=False),
         "sub_spans": torch.tensor(SPANS),
+        "edited_embeds": draw(B, 2, E),
+        "edited_valid": torch.tensor(EDITS).bool(),
+        "progress": torch.full((B,), 0.25),
         "image_tokens": draw(B, 1 + P, E, unit=False),
         "text_tokens": draw(B, T, E, unit=False),
         "text_mask": mask,
         "local_image_tokens": draw(B, 3, E),
+        "local_image_mask": torch.arange(3) < torch.tensor([3, 2, 1, 3, 2])[:, None],
         "local_text_tokens": draw(B, T, E),
         "local_text_mask": mask,
         "logit_scale": torch.tensor(4.0, dtype=dtype, requires_grad=True),
@@ -128,12 +145,90 @@ def loop_pca_image(image_embeds, short_embeds, logit_scale, same, components, la
     return plain_infonce(matrix(lambda i, j: logit_scale * (coarse[i] @ short_embeds[j])), label_smoothing, same)
 
 
-def loop_finelip(images, texts, mask, logit_scale, same, interaction="clim", objective="triplet", margin=0.2):
+def loop_hn_clip(image_embeds, text_embeds, logit_scale, same, gamma=0.5, label_smoothing=0.0):
+    def logit(i: int, j: int) -> Tensor:
+        alike = 0 if i == j else (text_embeds[i] @ text_embeds[j]).detach()
+        return logit_scale * (image_embeds[i] @ text_embeds[j] + gamma * alike)
+
+    return plain_infonce(matrix(logit), label_smoothing, same)
+
+
+def plain_infoloob(logits: Tensor, same: Tensor) -> Tensor:
+    terms = []
+    for i in range(len(logits)):
+        others = [logits[i, j].exp() for j in range(len(logits)) if not same[i, j]]
+        terms.append(sum(others).log() - logits[i, i] if others else -logits[i, i])
+    return mean(terms)
+
+
+def loop_infoloob(image_embeds, text_embeds, logit_scale, same):
+    scale = logit_scale.detach()
+    logits = matrix(lambda i, j: scale * (image_embeds[i] @ text_embeds[j]))
+    return (plain_infoloob(logits, same) + plain_infoloob(logits.T, same)) / scale
+
+
+def loop_cloob(image_embeds, text_embeds, logit_scale, same, retrieval_scale=8.0):
+    scale = logit_scale.detach()
+
+    def retrieved(state: Tensor, stored: Tensor) -> Tensor:
+        powers = [(retrieval_scale * (state @ pattern)).exp() for pattern in stored]
+        found = sum(power * pattern for power, pattern in zip(powers, stored, strict=True)) / sum(powers)
+        return found / found.norm()
+
+    loss = torch.zeros((), dtype=image_embeds.dtype)
+    for anchors, others in ((image_embeds, text_embeds), (text_embeds, image_embeds)):
+        own = [retrieved(state, anchors) for state in anchors]
+        theirs = [retrieved(state, anchors) for state in others]
+        logits = matrix(lambda i, j, own=own, theirs=theirs: scale * (own[i] @ theirs[j]))
+        loss = loss + plain_infoloob(logits, same) / scale
+    return loss
+
+
+def loop_softened(image_embeds, text_embeds, logit_scale, same, progress, softness=0.2, among="all", rise="none"):
+    share = softness * (float(progress[0]) if rise == "linear" else 1)
+    logits = matrix(lambda i, j: logit_scale * (image_embeds[i] @ text_embeds[j]))
+    terms = []
+    for rows in (logits, logits.T):
+        for i in range(B):
+            classes = [j for j in range(B) if j == i or not same[i, j]]
+            total = sum(rows[i, j].exp() for j in classes)
+            shares = {j: (rows[i, j].exp() / total).log() for j in classes}
+            wrong = [j for j in classes if j != i]
+            parts = {j: rows[i, j].detach().exp() if among == "alike" else torch.tensor(1.0) for j in wrong}
+            soft = sum(parts[j] / sum(parts.values()) * shares[j] for j in wrong)
+            terms.append(-(1 - share) * shares[i] - share * soft)
+    return mean(terms)
+
+
+def loop_edited(image_embeds, text_embeds, edited_embeds, edited_valid, logit_scale):
+    terms = []
+    for i in range(B):
+        edits = [edited_embeds[i, n] for n in range(2) if edited_valid[i, n]]
+        if edits:
+            terms.append(cross_entropy([logit_scale * (image_embeds[i] @ t) for t in (text_embeds[i], *edits)], 0))
+    return mean(terms)
+
+
+def loop_neg_clip(image_embeds, text_embeds, edited_embeds, edited_valid, logit_scale, same):
+    terms = []
+    for i in range(B):
+        classes = [j for j in range(B) if j == i or not same[i, j]]
+        texts = [text_embeds[j] for j in classes]
+        wrong = [edited_embeds[j, n] for j in range(B) for n in range(2) if edited_valid[j, n]]
+        right = classes.index(i)
+        terms.append(cross_entropy([logit_scale * (image_embeds[i] @ text) for text in texts + wrong], right))
+        terms.append(cross_entropy([logit_scale * (image_embeds[j] @ text_embeds[i]) for j in classes], right))
+    return mean(terms)
+
+
+def loop_finelip(
+    images, image_mask, texts, mask, logit_scale, same, interaction="clim", objective="triplet", margin=0.2
+):
     def score(i: int, j: int) -> Tensor:
-        tokens = texts[j][mask[j]]
+        tokens, patches = texts[j][mask[j]], images[i][image_mask[i]]
         if interaction == "mean":
-            return cosine(mean(list(images[i])), mean(list(tokens)))
-        alike = [[F.leaky_relu(token @ patch, 0.1) for patch in images[i]] for token in tokens]
+            return cosine(mean(list(patches)), mean(list(tokens)))
+        alike = [[F.leaky_relu(token @ patch, 0.1) for patch in patches] for token in tokens]
         of_text = mean([max(row) for row in alike])
         return of_text + mean([max(column) for column in zip(*alike, strict=True)])
 
@@ -158,7 +253,7 @@ def loop_filip(image_tokens, text_tokens, text_mask, logit_scale, same):
 
 
 def loop_sparc(image_tokens, text_tokens, text_mask, logit_scale):
-    captions = []
+    terms = []
     for i in range(B):
         patches, tokens = image_tokens[i, 1:], text_tokens[i][text_mask[i]]
         grouped = []
@@ -170,8 +265,8 @@ def loop_sparc(image_tokens, text_tokens, text_mask, logit_scale):
         logits = [[logit_scale * cosine(group, token) for token in tokens] for group in grouped]
         to_tokens = [cross_entropy(row, j) for j, row in enumerate(logits)]
         to_groups = [cross_entropy(list(column), j) for j, column in enumerate(zip(*logits, strict=True))]
-        captions.append((mean(to_tokens) + mean(to_groups)) / 2)
-    return mean(captions)
+        terms += [(one + other) / 2 for one, other in zip(to_tokens, to_groups, strict=True)]
+    return mean(terms)
 
 
 def loop_laps(image_tokens, text_tokens, text_mask, aggregation, same, keep=0.5, margin=0.2):
@@ -198,13 +293,38 @@ def loop_flair(image_tokens, image_embeds, sub_embeds, pooling, logit_scale, log
     return (conditioned / (S + B - 1) + multi / (B * S)) / 2
 
 
-def loop_goal_text_span(text_tokens, sub_embeds, sub_spans):
+def loop_beta_clip(image_tokens, sub_embeds, pooling, logit_scale, same, beta=0.5, objective="ce"):
+    texts = [(j, s) for j in range(B) for s in range(S)]
+    logits, counts = {}, {}
+    for row, (i, r) in enumerate(texts):
+        pooled = pooling(sub_embeds[i, r][None, None], image_tokens[i : i + 1, 1:])[0, 0]
+        for column, (j, s) in enumerate(texts):
+            if i == j or not same[i, j]:
+                logits[row, column] = logit_scale * cosine(pooled, sub_embeds[j, s])
+                counts[row, column] = 1.0 if (i, r) == (j, s) else beta if i == j else 0.0
+    number = len(texts)
+    terms = []
+    for n in range(number):
+        for line in ([(n, m) for m in range(number)], [(m, n) for m in range(number)]):
+            places = [place for place in line if place in logits]
+            if objective == "ce":
+                total, norm = sum(logits[place].exp() for place in places), sum(counts[place] for place in places)
+                terms.append(-sum(counts[p] / norm * (logits[p].exp() / total).log() for p in places))
+            else:
+                for place in places:
+                    right = counts[place] > 0
+                    sign, weight = (1, counts[place]) if right else (-1, 1.0)
+                    terms.append(-weight * (1 / (1 + (-sign * logits[place]).exp())).log() / number)
+    return sum(terms) / (2 * number)
+
+
+def loop_goal_text_span(span_embeds, sub_embeds, sub_spans):
     terms = []
     for i in range(B):
         for s in range(S):
             first, end = sub_spans[i, s]
             if end > first:
-                terms.append((1 - cosine(mean(list(text_tokens[i, first:end])), sub_embeds[i, s])) ** 2)
+                terms.append((1 - cosine(span_embeds[i, s], sub_embeds[i, s])) ** 2)
     return mean(terms)
 
 
@@ -212,6 +332,16 @@ CASES: list[tuple[Callable[..., Tensor], Batch, Callable[..., Tensor], str]] = [
     (infonce, {}, loop_infonce, "image_embeds text_embeds logit_scale"),
     (infonce, {"label_smoothing": 0.0}, loop_infonce, "image_embeds text_embeds logit_scale"),
     (sigmoid, {}, loop_sigmoid, "image_embeds text_embeds logit_scale logit_bias"),
+    (hn_clip, {}, loop_hn_clip, "image_embeds text_embeds logit_scale"),
+    (hn_clip, {"gamma": 2.0, "label_smoothing": 0.1}, loop_hn_clip, "image_embeds text_embeds logit_scale"),
+    (infoloob, {}, loop_infoloob, "image_embeds text_embeds"),
+    (cloob, {}, loop_cloob, "image_embeds text_embeds"),
+    (cloob, {"retrieval_scale": 2.0}, loop_cloob, "image_embeds text_embeds"),
+    (softened, {}, loop_softened, "image_embeds text_embeds logit_scale"),
+    (softened, {"softness": 0.4, "among": "alike"}, loop_softened, "image_embeds text_embeds logit_scale"),
+    (softened, {"among": "alike", "rise": "linear"}, loop_softened, "image_embeds text_embeds logit_scale"),
+    (edited, {}, loop_edited, "image_embeds text_embeds edited_embeds logit_scale"),
+    (neg_clip, {}, loop_neg_clip, "image_embeds text_embeds edited_embeds logit_scale"),
     (pca_image, {"components": 2}, loop_pca_image, "image_embeds short_embeds logit_scale"),
     (finelip, {}, loop_finelip, "local_image_tokens local_text_tokens"),
     (finelip, {"margin": 0.5, "interaction": "mean"}, loop_finelip, "local_image_tokens local_text_tokens"),
@@ -220,7 +350,9 @@ CASES: list[tuple[Callable[..., Tensor], Batch, Callable[..., Tensor], str]] = [
     (sparc, {}, loop_sparc, "image_tokens text_tokens logit_scale"),
     (laps, {"keep": 0.6}, loop_laps, "image_tokens text_tokens"),
     (flair, {}, loop_flair, "image_tokens image_embeds sub_embeds logit_scale logit_bias"),
-    (goal_text_span, {}, loop_goal_text_span, "text_tokens sub_embeds"),
+    (beta_clip, {}, loop_beta_clip, "image_tokens sub_embeds logit_scale"),
+    (beta_clip, {"beta": 0.2, "objective": "bce"}, loop_beta_clip, "image_tokens sub_embeds logit_scale"),
+    (goal_text_span, {}, loop_goal_text_span, "span_embeds sub_embeds"),
 ]
 TERMS = [(term, settings) for term, settings, *_ in CASES]
 NAMES = [f"{term.__name__}-{'-'.join(map(str, settings.values()))}".rstrip("-") for term, settings in TERMS]
@@ -269,7 +401,7 @@ def test_a_term_equals_its_loop_in_value_and_gradients(term, settings, loop, rea
     assert {name for name, gradient in found.items() if gradient.any()} == set(reached.split())
 
 
-@pytest.mark.parametrize("term", [filip, sparc, flair])
+@pytest.mark.parametrize("term", [filip, sparc, flair, beta_clip])
 def test_cls_takes_no_part_among_the_patches(term) -> None:
     batch = make_batch()
     gradient = gradients(apply(term, batch, {}), batch)["image_tokens"]
@@ -293,9 +425,9 @@ def test_the_order_of_the_batch_does_not_matter(term, settings) -> None:
 )
 def test_padding_does_not_matter(term, settings, garbage) -> None:
     batch = make_batch(2)
-    if term is goal_text_span:  # a token is padding where no span reads it
-        batch["text_mask"] = torch.tensor([[any(a <= t < b for a, b in row) for t in range(T)] for row in SPANS])
     padded = dict(batch)
+    image_tokens = batch["local_image_tokens"].detach().masked_fill(~batch["local_image_mask"][..., None], garbage)
+    padded["local_image_tokens"] = image_tokens.requires_grad_()
     for prefix in ("", "local_"):
         tokens, mask = batch[f"{prefix}text_tokens"].detach(), batch[f"{prefix}text_mask"]
         tokens = F.pad(tokens.masked_fill(~mask[..., None], garbage), (0, 0, 0, 2), value=garbage)
@@ -317,7 +449,7 @@ def test_half_precision_is_for_inputs_alone(term, settings) -> None:
     }
     wanted = apply(term, wide, settings)
     # Token similarities and the pooling run in the dtype they get: bfloat16 keeps 8 bits, a hinge sums 40 such errors.
-    loose = term in (finelip, filip, laps, flair)
+    loose = term in (finelip, filip, laps, flair, beta_clip)
     tolerance: Batch = {"rtol": 0.05, "atol": 0.05} if loose else {"rtol": 1e-5, "atol": 1e-6}
     value = apply(term, halves, settings)
     assert value.dtype == torch.float32
@@ -348,6 +480,7 @@ PRIMITIVES = [
     (lambda scores, same: infonce_loss(scores, same=same), lambda s, same: plain_infonce(s, 0.0, same)),
     (lambda scores, same: infonce_loss(scores, 0.1, same), lambda s, same: plain_infonce(s, 0.1, same)),
     (lambda scores, same: sigmoid_loss(scores, same), plain_sigmoid),
+    (infoloob_loss, lambda scores, same: plain_infoloob(scores, torch.eye(B).bool() if same is None else same)),
 ]
 
 
@@ -437,11 +570,28 @@ def test_no_span_that_fits_is_no_loss() -> None:
 
 def test_a_caption_whose_spans_mean_what_they_say_alone_has_no_loss() -> None:
     batch = make_batch()
-    ends = [
-        [2 * batch["text_tokens"][i, max(a, 0) : max(b, 1)].mean(0) for a, b in row] for i, row in enumerate(SPANS)
-    ]
-    batch["sub_embeds"] = torch.stack([torch.stack(row) for row in ends])
+    batch["sub_embeds"] = 2 * batch["span_embeds"]
     assert apply(goal_text_span, batch, {}).abs() < 1e-12
+
+
+@pytest.mark.parametrize("term", [edited, neg_clip])
+def test_what_stands_in_for_a_missing_edit_does_not_matter(term) -> None:
+    batch = make_batch()
+    other = batch["edited_embeds"].detach().clone()
+    other[~batch["edited_valid"]] = 7.0
+    assert torch.equal(apply(term, batch | {"edited_embeds": other}, {}), apply(term, batch, {}))
+    none = torch.zeros(B, 2, dtype=torch.bool)
+    value = apply(term, batch | {"edited_valid": none}, {})
+    assert value == (0 if term is edited else apply(infonce, batch, {"label_smoothing": 0.0}))
+
+
+def test_softened_targets_without_softness_and_hn_clip_without_gamma_are_infonce() -> None:
+    batch = make_batch()
+    plain = apply(infonce, batch, {"label_smoothing": 0.0})
+    torch.testing.assert_close(apply(softened, batch, {"softness": 0.0, "among": "alike"}), plain)
+    torch.testing.assert_close(apply(hn_clip, batch, {"gamma": 0.0}), plain)
+    start = batch | {"progress": torch.zeros(B)}
+    torch.testing.assert_close(apply(softened, start, {"rise": "linear"}), plain)
 
 
 @pytest.mark.parametrize(
@@ -449,6 +599,7 @@ def test_a_caption_whose_spans_mean_what_they_say_alone_has_no_loss() -> None:
     [
         (finelip, {"interaction": "max"}, "interaction is 'max': choose"),
         (finelip, {"objective": "sigmoid"}, "objective is 'sigmoid': choose"),
+        (beta_clip, {"objective": "hinge"}, "objective is 'hinge': choose"),
         (laps, {"keep": 1.0}, "keep=1.0"),
         (flair, {"sub_embeds": torch.ones(B, E)}, "sub_embeds has shape .5, 4., but 5 images need"),
         (flair, {"sub_embeds": torch.ones(B - 1, S, E)}, "sub_embeds has shape .4, 3, 4., but 5 images need"),

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -18,7 +17,7 @@ from finelip_diffusion.data.datasets import ScenesDataset
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel
 from finelip_diffusion.objective import HEADS, SIGMOID_BIAS, Objective, TrainingStep, cached_backward
 from finelip_diffusion.pipeline import BUNDLED_MODEL
-from finelip_diffusion.recipes import Recipe, make_recipe
+from finelip_diffusion.recipes import Recipe, make_recipe, read_content
 from finelip_diffusion.refinement import AttentionPooling, TokenRefinement
 
 FOLDER = Path(__file__).resolve().parents[1] / "train" / "recipes"
@@ -26,15 +25,22 @@ B, E = 7, 16
 SCENES = [0, 1, 2, 8, 8, 9, 16]  # near-duplicates, and two captions of one image
 POSITIONS = "model.clip.text_model.embeddings.position_embedding.weight"
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-CONTENTS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))}
+CONTENTS = {path.stem: read_content(path) for path in sorted(FOLDER.glob("*.yaml"))}
 CONTENTS |= {  # losses that no preset has
     "sigmoid": {"global_loss": "sigmoid"},
-    "hycd": {"local_loss": "filip", "preserve": "hycd"},
-    "affinity": {"local_loss": "filip", "preserve": "affinity"},
-    "proclip": {"global_loss": "infonce", "preserve": "proclip"},
-    "lwf": {"global_loss": "infonce", "preserve": "lwf"},
+    "adaptive": {
+        "local_loss": "finelip",
+        "refine": ["image", "text"],
+        "adaptive_share": 0.1,
+        "refined_text_share": 0.5,
+    },
 }
-every_recipe = pytest.mark.parametrize("name", CONTENTS)
+NOT_OF_A_STEP = ("description", "edit_place", "rewrites", "length_curriculum", "max_grad_norm", "logit_scale")
+KINDS = {  # recipes that differ in data or schedule alone are one kind of step
+    str(sorted((key, value) for key, value in content.items() if key not in NOT_OF_A_STEP)): name
+    for name, content in reversed(CONTENTS.items())
+}
+every_recipe = pytest.mark.parametrize("name", KINDS.values())
 
 
 def recipe_of(name: str) -> Recipe:
@@ -58,7 +64,8 @@ def make_step(name: str, dtype: torch.dtype = torch.float64, **tower: float) -> 
 
     torch.manual_seed(0)
     parts = {f"refine_{part}": part in recipe.refine for part in ("image", "text")}
-    model = FineLIPModel(FineLIPConfig(config(248), **parts))
+    settings = {key: value for key, value in recipe.refinement.items() if key in ("adaptive_share", "global_tokens")}
+    model = FineLIPModel(FineLIPConfig(config(248), **parts, **settings))
     objective = Objective(recipe, E, model.config.num_refined_tokens)
     teacher = CLIPModel(config(77)).requires_grad_(False).to(dtype)
     return TrainingStep(model, objective, teacher).to(dtype).train()
@@ -72,6 +79,7 @@ def batch_for() -> Callable[..., dict[str, Tensor]]:
 def make_batches() -> Callable[..., dict[str, Tensor]]:
     """Makes the batch that a recipe asks for, of real scenes and captions."""
     dataset = ScenesDataset("train", num_scenes=24)
+    dataset.with_edits = True
     examples = [dataset[index, draw] for draw, index in enumerate(SCENES)]
     tokenizer = CLIPTokenizer.from_pretrained(BUNDLED_MODEL, subfolder="tokenizer")
     size = {"height": 32, "width": 32}
@@ -81,10 +89,12 @@ def make_batches() -> Callable[..., dict[str, Tensor]]:
         recipe = recipe_of(name)
         assert recipe.prompts == (None if recipe.preserve is None else "random" if name == "lwf" else "short")
         collator = Collator(
-            tokenizer, processor, recipe.captions, recipe.num_sub_captions, recipe.longest_sub_caption, recipe.prompts
-        )
+            tokenizer, processor, recipe.captions, recipe.num_sub_captions, recipe.longest_sub_caption, recipe.prompts,
+            num_edits=recipe.num_edits, edit_place=recipe.edit_place,
+        )  # fmt: skip
         batch = {key: value for key, value in collator(examples).items() if isinstance(value, Tensor)}
-        return batch | {"pixel_values": batch["pixel_values"].to(dtype)}
+        progress = torch.full((B,), 0.5, dtype=dtype)
+        return batch | {"pixel_values": batch["pixel_values"].to(dtype), "progress": progress}
 
     return make
 
@@ -111,7 +121,8 @@ def test_a_step_trains_what_the_recipe_says_and_nothing_else(name: str, batch_fo
     assert kinds == {"model"} | ({"objective"} if objective.names & HEADS.keys() else set())
     for part in ("image", "text"):
         assert any(f"{part}_refinement" in parameter for parameter in named) == (part in recipe.refine)
-    scaled = {"infonce", "sigmoid", "pca_image", "filip", "sparc", "flair"} & terms.keys()
+    scaled = {"infonce", "sigmoid", "pca_image", "filip", "sparc", "flair", "hn_clip", "softened", "edited", "neg_clip",
+              "beta_clip"} & terms.keys()  # fmt: skip
     scaled |= {term.name for term in recipe.terms.values() if term.settings.get("objective") == "infonce"}
     for parameter, tensor in named.items():
         if parameter == "model.clip.logit_scale" and not scaled:

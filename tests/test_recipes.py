@@ -6,31 +6,33 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from finelip_diffusion import losses
 from finelip_diffusion.model import FineLIPOutput
 from finelip_diffusion.objective import HEADS, Objective
-from finelip_diffusion.recipes import Recipe, make_recipe, read_recipe
+from finelip_diffusion.recipes import Recipe, make_recipe, read_content, read_recipe
 
 FOLDER = Path(__file__).resolve().parents[1] / "train" / "recipes"
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 FURTHER = {  # what losses may name beside the model's output and heads
     "same", "short_embeds", "sub_embeds", "sub_spans", "kept_embeds", "kept_states", "kept_penultimate", "kept_mask",
     "teacher_kept_embeds", "teacher_kept_states", "teacher_kept_penultimate", "teacher_image_embeds",
+    "span_embeds", "edited_embeds", "edited_valid", "progress",
 }  # fmt: skip
 LOSSES = {
-    "global_loss": ["infonce", "sigmoid"],
-    "coarse": ["pca_image"],
-    "local_loss": ["finelip", "filip", "sparc", "laps", "flair", "goal_text_span"],
+    "global_loss": ["infonce", "sigmoid", "hn_clip", "infoloob", "cloob", "softened", "neg_clip"],
+    "coarse": ["pca_image", "edited"],
+    "local_loss": ["finelip", "filip", "sparc", "laps", "flair", "beta_clip", "goal_text_span"],
     "preserve": ["token", "hycd", "affinity", "proclip", "lwf"],
 }
-CAPTIONS = {"pca_image": "debias", "flair": "sub_captions", "goal_text_span": "sub_captions"}
+CAPTIONS = {
+    "pca_image": "debias", "flair": "merged_captions", "beta_clip": "sub_captions", "goal_text_span": "sub_captions",
+}  # fmt: skip
 
 
 def content(name: str) -> dict[str, Any]:
-    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    return read_content(FOLDER / f"{name}.yaml")
 
 
 # --- presets --------------------------------------------------------------------------------------------------------
@@ -38,7 +40,15 @@ def content(name: str) -> dict[str, Any]:
 
 def test_the_presets_are_there() -> None:
     wanted = "finelip no_atrm no_clim visual_only infonce kps_infonce long_clip debias filip sparc laps flair goal"
-    assert set(PRESETS) >= {*wanted.split(), "finelip_preserve"}
+    later = "finelip_local edited edited_before edited_after neg_clip hn_clip beta_clip infoloob cloob pyramid_clip "
+    later += "light_clip la_clip curriculum hycd affinity lwf proclip finelip_preserve"
+    assert set(PRESETS) >= {*wanted.split(), *later.split()}
+
+
+def test_every_loss_is_in_a_preset_or_named_here() -> None:
+    """A loss that no row of the comparison has was never trained side by side with the others."""
+    used = {term.name for name in PRESETS for term in read_recipe(FOLDER / f"{name}.yaml").terms.values()}
+    assert losses.CONTRASTIVE.keys() | losses.PRESERVING.keys() == used | {"sigmoid"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -70,6 +80,7 @@ def test_gradients_are_clipped_where_the_authors_clip_them(name: str, norm: floa
 @pytest.mark.parametrize(
     ("name", "changed"),
     [
+        ("finelip_local", {"global_tokens": False}),
         ("no_atrm", {"refine": []}),
         ("visual_only", {"refine": ["image"]}),
         ("no_clim", {"local_loss": {"finelip": {"interaction": "mean", "objective": "triplet", "margin": 0.2}}}),
@@ -93,11 +104,25 @@ def test_finelip_preserve_adds_one_term() -> None:
 
 @pytest.mark.parametrize(("key", "name"), [(key, name) for key, names in LOSSES.items() for name in names])
 def test_a_loss_reads_what_there_is(key: str, name: str) -> None:
-    recipe = make_recipe("one", {key: name, "captions": CAPTIONS.get(name, "full")})
+    recipe = make_recipe("one", {key: name, "captions": CAPTIONS.get(name, "full"), "num_edits": 2})
     ((found, term),) = recipe.terms.items()
     assert (found, term.name, term.weight, term.settings) == (key, name, 1.0, {})
     assert set(term.loss.reads) <= {field.name for field in fields(FineLIPOutput)} | FURTHER | HEADS.keys()
     assert not set(term.loss.reads) & {"margin", "label_smoothing", "keep", "components"}
+
+
+def test_a_base_lends_what_a_recipe_does_not_say(tmp_path: Path) -> None:
+    (tmp_path / "below.yaml").write_text("local_loss: finelip\nrefine: [image]\nlearning_rate: 3e-5")
+    (tmp_path / "middle.yaml").write_text("base: below\nrefine: []\nrefined_share: 0.1")
+    (tmp_path / "top.yaml").write_text("base: middle\ndescription: of two")
+    recipe = read_recipe(tmp_path / "top.yaml")
+    assert (recipe.name, recipe.description, recipe.refine) == ("top", "of two", ())
+    assert (recipe.learning_rate, recipe.refinement["refined_share"]) == (3e-5, 0.1)
+    assert "base" not in recipe.resolved
+    (tmp_path / "below.yaml").write_text("base: top")
+    assert_one_sentence("below.yaml: base is 'top', not the name of another", read_recipe, tmp_path / "top.yaml")
+    (tmp_path / "top.yaml").write_text("base: absent")
+    assert_one_sentence("there is no recipe 'absent'", read_recipe, tmp_path / "top.yaml")
 
 
 def test_weight_and_settings() -> None:
@@ -148,7 +173,7 @@ def assert_one_sentence(sentence: str, function: Any, *args: Any) -> None:
     [
         ({"learning_rat": 1}, "the unknown key 'learning_rat': choose among description, position, captions"),
         ({"name": "mine"}, "unknown key 'name'"),
-        ({"local_loss": "fineclip"}, "local_loss is 'fineclip', not none or one of filip, finelip, flair"),
+        ({"local_loss": "fineclip"}, "local_loss is 'fineclip', not none or one of beta_clip, cloob, edited"),
         ({"local_loss": "token"}, "local_loss is 'token', not none or one of"),
         ({"local_loss": "triplet_margin_loss"}, "is 'triplet_margin_loss', not none or one of"),
         ({"local_loss": "_valid"}, "is '_valid', not none or one of"),
@@ -159,13 +184,19 @@ def assert_one_sentence(sentence: str, function: Any, *args: Any) -> None:
         ({"local_loss": {"filip": {"logit_scale": 1}}}, "filip has no setting 'logit_scale'; it has weight"),
         ({"local_loss": "none"}, "has no loss: give global_loss, local_loss"),
         ({"position": "alibi"}, "position is 'alibi', not one of kps"),
-        ({"captions": "short"}, "captions is 'short', not one of full, first_sentence, debias, sub_captions"),
+        ({"captions": "short"}, "captions is 'short', not one of full, first_sentence, debias, sub_captions, mer"),
         ({"captions": None}, "captions is None, not one of full"),
         ({"parameters": "half"}, "parameters is 'half', not one of full, lora"),
         ({"image_tower": "locked"}, "image_tower is 'locked', not one of trained, frozen"),
         ({"refine": ["image", "video"]}, "refine holds 'video', not image or text"),
         ({"coarse": "pca_image"}, "pca_image compares short_embeds, .* choose captions: first_sentence or debias"),
-        ({"local_loss": "flair"}, "flair compares sub_embeds, .* captions: full does not draw; .*: sub_captions"),
+        ({"local_loss": "flair"}, "flair compares sub_embeds, .* captions: full does not draw; .*: sub_captions or m"),
+        ({"local_loss": "goal_text_span", "captions": "merged_captions"}, "goal_text_span compares span_embeds"),
+        ({"coarse": "edited"}, "edited compares edits of captions: choose num_edits"),
+        ({"edit_place": "late"}, "edit_place is 'late', not one of any, before, after"),
+        ({"rewrites": "yes"}, "rewrites is 'yes', not true or false"),
+        ({"length_curriculum": 1.5}, "length_curriculum is 1.5, but a share is at most 1"),
+        ({"refined_share": 0}, "refined_share is 0, but must be a number of at least 0.001"),
         ({"local_loss": "flair", "captions": "debias"}, "flair compares sub_embeds"),
         ({"coarse": "pca_image", "captions": "sub_captions"}, "pca_image compares short_embeds"),
         ({"max_grad_norm": -1}, "max_grad_norm is -1, but must be a number of at least 0"),

@@ -133,6 +133,7 @@ def build_step(args: Arguments, recipe: Recipe, accelerator: Accelerator) -> tup
         max_length=args.max_length,
         refine_image="image" in recipe.refine,
         refine_text="text" in recipe.refine,
+        refinement=recipe.refinement,
         **options,
     )
     if recipe.logit_scale is not None:
@@ -142,6 +143,8 @@ def build_step(args: Arguments, recipe: Recipe, accelerator: Accelerator) -> tup
     if recipe.image_tower == "frozen":
         model.clip.vision_model.requires_grad_(False)
         model.clip.visual_projection.requires_grad_(False)
+    if args.freeze_token_embedding:
+        model.clip.text_model.get_input_embeddings().requires_grad_(False)
     if recipe.parameters == "lora":
         add_lora(model, recipe.lora_rank)
     objective = Objective(recipe, model.config.clip_config.projection_dim, model.config.num_refined_tokens)
@@ -259,12 +262,13 @@ def save_result(state: dict[str, Tensor], config: FineLIPConfig, tokenizer: Any,
 # --------------------------------------------------------------------------------------------------------------- main
 
 
-def open_data(args: Arguments) -> tuple[Any, Any]:
+def open_data(args: Arguments, recipe: Recipe) -> tuple[Any, Any]:
     """What is trained on, and the held-out examples, or None."""
     columns: dict[str, Any] = {"image_column": args.image_column, "caption_column": args.caption_column}
     dataset = open_dataset(
-        args.train_data, seed=args.seed, num_scenes=args.num_scenes, image_root=args.image_root, **columns
-    )
+        args.train_data, seed=args.seed, num_scenes=args.num_scenes, image_root=args.image_root,
+        edits=recipe.num_edits > 0, rewrites=recipe.rewrites, **columns,
+    )  # fmt: skip
     if args.shard:  # retrieval needs whole weights
         return dataset, None
     if args.validation_data is None and args.train_data.partition(":")[0] == "scenes":
@@ -350,9 +354,10 @@ def main(args: Arguments) -> None:
 
     check_sharding(args, accelerator)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    dataset, examples = open_data(args)
+    dataset, examples = open_data(args, recipe)
     collator = Collator(tokenizer, image_processor, recipe.captions, recipe.num_sub_captions,
-                        recipe.longest_sub_caption, recipe.prompts, args.max_length)  # fmt: skip
+                        recipe.longest_sub_caption, recipe.prompts, args.max_length,
+                        recipe.num_edits, recipe.edit_place)  # fmt: skip
     size = None if isinstance(dataset, IterableDataset) else len(dataset)
     steps = count_updates(args, size, images)
     rise = loss_warmup(args, recipe, size, images, steps)
@@ -389,6 +394,7 @@ def main(args: Arguments) -> None:
         world_size=accelerator.num_processes, first_step=first * args.gradient_accumulation_steps,
         num_workers=args.dataloader_num_workers, bucket_by_length=args.length_bucketing,
         pin_memory=accelerator.device.type == "cuda",
+        rising_steps=round(recipe.length_curriculum * steps * args.gradient_accumulation_steps),
     ))  # fmt: skip
     figures: dict[str, Any] = {}
     means = Means()
@@ -401,6 +407,7 @@ def main(args: Arguments) -> None:
             batch = next(loader)
             seen = (update * args.gradient_accumulation_steps + turn + 1) * joint
             skips.add(gather_object(batch["skipped"]), seen)  # so that all processes stop together
+            batch["progress"] = torch.full((args.train_batch_size,), update / max(1, steps - 1))
             batch = {name: value.to(accelerator.device, non_blocking=True)
                      for name, value in batch.items() if isinstance(value, Tensor)}  # fmt: skip
             terms = backward(step, wrapped, batch, args.micro_batch_size, accelerator,

@@ -18,6 +18,7 @@ from ..positions import STOCK_POSITIONS
 from ..text_encoder import MAX_LENGTH
 from .captions import CAPTION_KINDS, CaptionKind, draw_captions, draw_padding, draw_random_prompt, draw_short_prompt
 from .datasets import CaptionDataset, Example, TarDataset, stable_hash
+from .edits import EditPlace, choose_edits
 
 BUCKET_WINDOW = 50  # batches whose examples are sorted by length together
 
@@ -37,6 +38,9 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         group_size: Consecutive examples that stay together.
         lengths: (dataset_length,) Sorts examples by length within windows of `BUCKET_WINDOW` joint batches, whose
             order is then drawn: less padding, the same examples in an epoch.
+        bucket: Whether `lengths` do that.
+        rising_steps: The first so many batches of an epoch stand in the order of their lengths, the shortest first, as
+            far as the run's first epoch goes; they are the same examples.
 
     Raises:
         ValueError: If the dataset is smaller than a joint batch, or batches cut groups.
@@ -52,6 +56,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         first_step: int = 0,
         group_size: int = 1,
         lengths: np.ndarray | Sequence[int] | None = None,
+        bucket: bool = True,
+        rising_steps: int = 0,
     ) -> None:
         if batch_size % group_size:
             raise ValueError(
@@ -67,7 +73,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             )
         self.batch_size, self.seed, self.rank, self.first_step = batch_size, seed, rank, first_step
         self.group_size, self.num_groups = group_size, dataset_length // group_size
-        self.group_lengths = None
+        self.group_lengths, self.bucket, self.rising_steps = None, bucket, rising_steps
         if lengths is not None:
             whole = np.asarray(lengths)[: self.num_groups * group_size]
             self.group_lengths = whole.reshape(-1, group_size).max(1)
@@ -87,13 +93,18 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         rng = np.random.default_rng([self.seed, epoch])
         per_batch = self.joint_size // self.group_size
         groups = rng.permutation(self.num_groups)[: self.steps_per_epoch * per_batch]
+        rising = self.rising_steps if epoch == 0 else 0
+        first, rest = np.split(groups, [rising * per_batch])
         if self.group_lengths is not None:
-            window = BUCKET_WINDOW * per_batch
-            parts = np.split(groups, range(window, len(groups), window))
-            groups = np.concatenate([part[np.argsort(self.group_lengths[part], kind="stable")] for part in parts])
-        batches = groups.reshape(self.steps_per_epoch, per_batch)
-        if self.group_lengths is not None:
-            batches = rng.permutation(batches)
+            first = first[np.argsort(self.group_lengths[first], kind="stable")]
+            if self.bucket:
+                window = BUCKET_WINDOW * per_batch
+                parts = np.split(rest, range(window, len(rest), window))
+                rest = np.concatenate([part[np.argsort(self.group_lengths[part], kind="stable")] for part in parts])
+        batches, rest = (part.reshape(-1, per_batch) for part in (first, rest))
+        if self.group_lengths is not None and self.bucket:
+            rest = rng.permutation(rest)
+        batches = np.concatenate([batches, rest])
         indices = batches[..., None] * self.group_size + np.arange(self.group_size)
         return indices.reshape(self.steps_per_epoch, self.joint_size)
 
@@ -139,11 +150,13 @@ class Collator:
         tokenizer: A CLIP tokenizer.
         image_processor: A CLIP image processor.
         captions: What is drawn of each caption, see `captions.draw_captions`.
-        num_sub_captions: With `"sub_captions"`, how many.
-        longest_sub_caption: With `"sub_captions"`, sentences of the longest.
+        num_sub_captions: With `"sub_captions"` and `"merged_captions"`, how many.
+        longest_sub_caption: With these, sentences of the longest.
         kept_prompts: Prompts of at most 77 tokens for preservation terms: `"short"` (sentences of the caption),
             `"random"` (random vocabulary) or None.
         max_length: Tokens of the window, start and end included.
+        num_edits: How many of an example's edits are drawn.
+        edit_place: Where the drawn ones differ from the caption.
 
     Raises:
         ValueError: For an unknown kind of captions or prompts.
@@ -158,6 +171,8 @@ class Collator:
         longest_sub_caption: int = 3,
         kept_prompts: Literal["short", "random"] | None = None,
         max_length: int = MAX_LENGTH,
+        num_edits: int = 0,
+        edit_place: EditPlace = "any",
     ) -> None:
         if captions not in CAPTION_KINDS:
             raise ValueError(f"captions={captions!r} is not one of {', '.join(CAPTION_KINDS)}.")
@@ -166,6 +181,7 @@ class Collator:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.captions, self.kept_prompts, self.max_length = captions, kept_prompts, max_length
         self.num_sub_captions, self.longest_sub_caption = num_sub_captions, longest_sub_caption
+        self.num_edits, self.edit_place = num_edits, edit_place
         self.start, self.end, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         # In front of a caption the end token cannot pad: the encoder would end there. CLIP's own code pads with 0.
         self.front_pad = self.pad if self.pad != self.end else 0
@@ -178,8 +194,9 @@ class Collator:
             pixel_values (B, 3, H, W) float32; input_ids (B, T) int64 and attention_mask (B, T), True from the start
             token to the end token; image_ids (B,) int64; skipped, a list; cut, a number of captions;
             `"first_sentence"`, `"debias"`: short_ids and short_mask (B, Ts);
-            `"sub_captions"`: sub_ids and sub_mask (B, S, Ts), sub_spans (B, S, 2), the [first, stop) positions of each
-            in input_ids, both 0 where it reaches beyond the window;
+            `"sub_captions"`, `"merged_captions"`: sub_ids and sub_mask (B, S, Ts), sub_spans (B, S, 2), the [first,
+            stop) positions of each in input_ids, both 0 where it reaches beyond the window or has no place;
+            num_edits: edited_ids and edited_mask (B, N, Te), edited_valid (B, N), False where there are fewer edits;
             kept_prompts: kept_ids and kept_mask (B, Tk), Tk at most 77.
         """
         texts = [example.caption for example in examples]
@@ -205,13 +222,12 @@ class Collator:
             [[token for start, stop in runs for token in ids[start:stop]] for runs in captions]
             for captions, (_, ids, _) in zip(drawn, rows, strict=True)
         ]
-        if self.captions == "sub_captions":
+        if self.captions in ("sub_captions", "merged_captions"):
             ids, mask = self._pad([piece for row in pieces for piece in row], self.max_length)
             batch["sub_ids"], batch["sub_mask"] = (x.unflatten(0, (-1, number)) for x in (ids, mask))
-            spans = [[(run[0] + 1, run[1] + 1) for (run,) in captions] for captions in drawn]
-            batch["sub_spans"] = torch.tensor(
-                [[span if span[1] <= room + 1 else (0, 0) for span in row] for row in spans]
-            )
+            spans = [[(runs[0][0] + 1, runs[-1][1] + 1) for runs in captions] for captions in drawn]
+            placed = [[len(runs) == 1 and runs[0][1] <= room for runs in captions] for captions in drawn]
+            batch["sub_spans"] = torch.tensor(spans) * torch.tensor(placed)[..., None]
         elif self.captions != "full":
             short = [row[0] for row in pieces]
             if self.captions == "debias":
@@ -220,9 +236,31 @@ class Collator:
                 ]
                 short = [[self.front_pad] * count + ids for count, ids in zip(free, short, strict=True)]
             batch["short_ids"], batch["short_mask"] = self._pad(short, self.max_length)
+        if self.num_edits:
+            batch |= self._edits(rows)
         if self.kept_prompts:
             batch["kept_ids"], batch["kept_mask"] = self._pad([self._kept(*row) for row in rows], STOCK_POSITIONS)
         return batch
+
+    def _edits(self, rows: Sequence[tuple[Example, list[int], list[tuple[int, int]]]]) -> dict[str, Tensor]:
+        """Edits of the captions; where there are too few, the caption itself, which does not count."""
+        chosen = [
+            choose_edits(example.caption, example.edits, offsets, self.num_edits, self.edit_place, example.draw)
+            for example, _, offsets in rows
+        ]
+        texts = [edit for edits in chosen for edit in edits]
+        found = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
+        padded, valid = [], []
+        for edits, (_, own, _) in zip(chosen, rows, strict=True):
+            ids = [next(found) for _ in edits]
+            room = self.max_length - 2
+            seen = [each[:room] != own[:room] for each in ids]  # an edit beyond the window is none
+            missing = self.num_edits - len(ids)
+            padded += [*ids, *[own] * missing]
+            valid.append([*seen, *[False] * missing])
+        ids, mask = self._pad(padded, self.max_length)
+        ids, mask = (each.unflatten(0, (-1, self.num_edits)) for each in (ids, mask))
+        return {"edited_ids": ids, "edited_mask": mask, "edited_valid": torch.tensor(valid)}
 
     def _kept(self, example: Example, ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
         if self.kept_prompts == "random":
@@ -250,6 +288,7 @@ def make_loader(
     first_step: int = 0,
     num_workers: int = 0,
     bucket_by_length: bool = False,
+    rising_steps: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[dict[str, Any]]:
     """Batches of one process, step after step without end, for training.
@@ -267,6 +306,7 @@ def make_loader(
         num_workers: Processes that decode.
         pin_memory: Whether batches lie where a GPU copies from without waiting.
         bucket_by_length: Whether a batch holds captions of about one length; a stream has none to sort by.
+        rising_steps: The first so many batches go from the shortest captions to the longest; not of a stream.
 
     Raises:
         ValueError: If the dataset is too small (see `StepSampler`), or a stream has fewer shards than readers.
@@ -280,6 +320,9 @@ def make_loader(
     if isinstance(dataset, TarDataset):
         batches = _StreamBatches(dataset, batch_size, rank, world_size, first_step, max(num_workers, 1))
         return DataLoader(batches, batch_size=None, **common)  # type: ignore[arg-type]
-    lengths = dataset.caption_lengths() if bucket_by_length else None
-    sampler = StepSampler(len(dataset), batch_size, seed, rank, world_size, first_step, dataset.group_size, lengths)
+    lengths = dataset.caption_lengths() if bucket_by_length or rising_steps else None
+    sampler = StepSampler(
+        len(dataset), batch_size, seed, rank, world_size, first_step, dataset.group_size, lengths, bucket_by_length,
+        rising_steps,
+    )  # fmt: skip
     return DataLoader(dataset, batch_sampler=sampler, **common)  # type: ignore[arg-type]

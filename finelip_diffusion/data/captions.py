@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from ..prompts import sentence_bounds
 
-CaptionKind = Literal["full", "first_sentence", "debias", "sub_captions"]
+CaptionKind = Literal["full", "first_sentence", "debias", "sub_captions", "merged_captions"]
 CAPTION_KINDS: tuple[str, ...] = get_args(CaptionKind)
 
 Span = tuple[int, int]
@@ -39,9 +39,9 @@ def draw_captions(
             counts where it begins, so a full stop that shares its token with a bracket stays.
             `"debias"`: 1 to n - 1 of the n - 1 sentences behind the first, each number equally likely, in random order
             (DeBias-CLIP, arXiv 2602.22419, sentence sampling). A caption of one sentence is that sentence.
-            `"sub_captions"`: `number` runs of 1 to `longest` consecutive sentences, drawn independently of each other
-            (FLAIR, arXiv 2412.03561, which also joins sentences that are no neighbours: those have no place in the
-            caption and are left out here).
+            `"sub_captions"`: `number` runs of 1 to `longest` consecutive sentences, drawn independently of each other.
+            `"merged_captions"`: the same, but half of those of several sentences are sentences from anywhere, in any
+            order (FLAIR, arXiv 2412.03561, as its code draws them); these have no place in the caption.
         draw: The same draw gives the same captions.
         number: Sub-captions to draw.
         longest: Sentences of the longest sub-caption.
@@ -62,13 +62,16 @@ def draw_captions(
     if kind == "debias":
         rest = all_runs[1:] or all_runs
         return [rng.sample(rest, rng.randint(1, len(rest)))]
-    if kind == "sub_captions":
-        runs = []
+    if kind in ("sub_captions", "merged_captions"):
+        captions = []
         for _ in range(number):
             length = rng.randint(1, min(longest, len(all_runs)))
+            if kind == "merged_captions" and length > 1 and rng.random() < 0.5:
+                captions.append(rng.sample(all_runs, length))
+                continue
             first = rng.randint(0, len(all_runs) - length)
-            runs.append([(all_runs[first][0], all_runs[first + length - 1][1])])
-        return runs
+            captions.append([(all_runs[first][0], all_runs[first + length - 1][1])])
+        return captions
     raise ValueError(f"captions={kind!r} is not one of {', '.join(CAPTION_KINDS)}.")
 
 

@@ -19,9 +19,11 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from ..scenes import Scene, describe, render, sample_scene, telling, vary
+from ..scenes import Scene, alterations, describe, render, sample_scene, telling, vary
+from .edits import rule_edits
 from .sources import (
     CAPTION_COLUMNS,
+    EDIT_COLUMNS,
     IMAGE_COLUMNS,
     LIST_SUFFIXES,
     Record,
@@ -29,6 +31,7 @@ from .sources import (
     Slot,
     Unusable,
     captions_of,
+    edits_of,
     expand_shards,
     open_image,
     read_records,
@@ -55,6 +58,7 @@ class Example:
         name: Where it comes from (file:line).
         skipped: What was found unusable on the way to this example, which takes its place.
         draw: What further captions are drawn by.
+        edits: Captions that are wrong of the image, one change each, where they are asked for.
     """
 
     image: Image.Image
@@ -63,6 +67,7 @@ class Example:
     name: str
     skipped: tuple[Skip, ...] = ()
     draw: int = 0
+    edits: tuple[str, ...] = ()
 
 
 def stable_hash(*parts: object) -> int:
@@ -81,9 +86,11 @@ class CaptionDataset(Dataset[Example]):
     Attributes:
         group_size: Consecutive examples that belong in one batch.
         skipped: What was found unusable while the data was listed; it has no index.
+        with_edits: Whether examples come with edits of their captions.
     """
 
     group_size: int = 1
+    with_edits: bool = False
     skipped: Sequence[Skip] = ()
 
     @abstractmethod
@@ -146,7 +153,8 @@ class RecordDataset(CaptionDataset):
     def record(self, index: int) -> Record:
         """Caption, image file and ids of an example, without its image."""
         start = self._ends[index - 1] if index else 0
-        return Record(*json.loads(self._bytes[start : self._ends[index]].tobytes()))
+        *own, edits = json.loads(self._bytes[start : self._ends[index]].tobytes())
+        return Record(*own, tuple(edits))
 
     def image(self, record: Record) -> str | bytes:
         """The file, or the bytes of one, that a record speaks of."""
@@ -154,7 +162,10 @@ class RecordDataset(CaptionDataset):
 
     def read(self, index: int, draw: int) -> Example:
         record = self.record(index)
-        return Example(open_image(self.image(record)), record.caption, record.image_id, record.name, draw=draw)
+        edits = tuple(record.edits or rule_edits(record.caption, draw)) if self.with_edits else ()
+        return Example(
+            open_image(self.image(record)), record.caption, record.image_id, record.name, draw=draw, edits=edits
+        )
 
     def caption(self, index: int, draw: int) -> str:
         return self.record(index).caption
@@ -190,16 +201,19 @@ class TableDataset(RecordDataset):
         if isinstance(table.features[self.image_column], datasets.Image):
             table = table.cast_column(self.image_column, datasets.Image(decode=False))
         self.table = table
+        column = next((column for column in EDIT_COLUMNS if column in columns), None)
+        wrong = None if column is None else table[column]
         records, skipped = [], []
         for row, value in enumerate(table[caption]):
             name = f"{source}:{row}"
             try:
                 texts = captions_of({caption: value}, caption)
+                edits = edits_of({"edits": wrong[row]} if wrong else {}, len(texts))
             except Unusable as error:
                 skipped.append(Skip(name, str(error)))
                 continue
-            for place, text in enumerate(texts):
-                records.append(Record(row, text, str(row), name if len(texts) == 1 else f"{name}[{place}]"))
+            for place, (text, own) in enumerate(zip(texts, edits, strict=True)):
+                records.append(Record(row, text, str(row), name if len(texts) == 1 else f"{name}[{place}]", own))
         super().__init__(records, skipped)
 
     def image(self, record: Record) -> str | bytes:
@@ -262,7 +276,24 @@ class ScenesDataset(CaptionDataset):
     def read(self, index: int, draw: int) -> Example:
         scene = self.scene(index)
         caption = str(describe(scene, draw, **self._telling))
-        return Example(render(scene), caption, repr(scene), self.name(index), draw=draw)
+        edits = self._edits(scene, caption, draw) if self.with_edits else ()
+        return Example(render(scene), caption, repr(scene), self.name(index), draw=draw, edits=edits)
+
+    def _edits(self, scene: Scene, caption: str, draw: int) -> tuple[str, ...]:
+        """For each object, the caption of the scene with that one altered, in the same words and order.
+
+        Only `"sentences"` can be told alike; other families are edited by rules.
+        """
+        if self._telling["wording"] != "sentences":
+            return tuple(rule_edits(caption, draw))
+        rng, edits = random.Random(f"edits {draw}"), []
+        for item in scene.objects:
+            others = alterations(scene, [item])
+            rng.shuffle(others)
+            other = next((other for other in others if other.split == self.split), None)
+            if other is not None:
+                edits.append(str(describe(other, draw, like=scene)))
+        return tuple(edits)
 
     def caption(self, index: int, draw: int) -> str:
         return str(describe(self.scene(index), draw, **self._telling))
@@ -275,6 +306,43 @@ class ScenesDataset(CaptionDataset):
         groups = range(-(-len(self) // self.group_size))
         counts = [len(self._base(group)[1].objects) for group in groups]
         return np.repeat(counts, self.group_size)[: len(self)]
+
+
+class DrawnCaptions(CaptionDataset):
+    """Images with several captions as one example each, whose caption the draw chooses (LaCLIP, arXiv 2305.20088).
+
+    Args:
+        dataset: Records of captions; those that share an image_id are one image's.
+    """
+
+    def __init__(self, dataset: RecordDataset) -> None:
+        self.dataset, self.skipped = dataset, dataset.skipped
+        places: dict[str, list[int]] = {}
+        for index in range(len(dataset)):
+            places.setdefault(dataset.record(index).image_id, []).append(index)
+        self._places = list(places.values())
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _chosen(self, index: int, draw: int) -> int:
+        own = self._places[index]
+        return own[draw % len(own)]
+
+    def read(self, index: int, draw: int) -> Example:
+        self.dataset.with_edits = self.with_edits
+        return self.dataset.read(self._chosen(index, draw), draw)
+
+    def caption(self, index: int, draw: int) -> str:
+        return self.dataset.caption(self._chosen(index, draw), draw)
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(self._places[index][0])
+
+    def caption_lengths(self) -> np.ndarray:
+        """Characters of an image's longest caption."""
+        lengths = self.dataset.caption_lengths()
+        return np.array([lengths[own].max() for own in self._places])
 
 
 class TarDataset(IterableDataset[Example]):
@@ -295,6 +363,7 @@ class TarDataset(IterableDataset[Example]):
     """
 
     skipped: Sequence[Skip] = ()
+    with_edits: bool = False
 
     def __init__(self, shards: Sequence[str], seed: int = 0, caption_column: str | None = None) -> None:
         self.shards, self.seed, self.caption_column = list(shards), seed, caption_column
@@ -318,14 +387,16 @@ class TarDataset(IterableDataset[Example]):
                     continue
                 draw = stable_hash(self.seed, epoch, slot.name)
                 try:
-                    image, captions = read_slot(slot, self.caption_column)
+                    image, captions, edits = read_slot(slot, self.caption_column)
                 except Unusable as error:
                     skipped.append(Skip(slot.name, str(error)))
                     if len(skipped) == MAX_IN_A_ROW:
                         raise _all_unusable(skipped) from error
                     continue
-                caption = captions[draw % len(captions)]
-                example = Example(image, caption, slot.name, slot.name, tuple(skipped), draw)
+                chosen = draw % len(captions)
+                caption = captions[chosen]
+                wrong = tuple(edits[chosen] or rule_edits(caption, draw)) if self.with_edits else ()
+                example = Example(image, caption, slot.name, slot.name, tuple(skipped), draw, wrong)
                 yield example
                 yield from [replace(example, skipped=())] * len(skipped)
                 skipped = []
@@ -356,6 +427,8 @@ def open_dataset(
     caption_column: str | None = None,
     seed: int = 0,
     num_scenes: int = 40_000,
+    edits: bool = False,
+    rewrites: bool = False,
 ) -> CaptionDataset | TarDataset:
     """Opens captioned images of any of these kinds, told apart by looking.
 
@@ -368,14 +441,28 @@ def open_dataset(
         image_column, caption_column: Names in rows, where they are not the usual ones.
         seed: Which scenes, and the order of a stream.
         num_scenes: Pictures of `"scenes"`.
+        edits: Whether examples come with edits of their captions: those of the data (`sources.EDIT_COLUMNS`), of
+            scenes with one object altered, or else by rules (`edits.rule_edits`).
+        rewrites: Whether an image of several captions is one example, whose caption is drawn anew each time, rather
+            than each caption an example; `"scenes"` are told in all training families then. A stream always draws.
 
     Raises:
         ValueError: If the source is none of these, or nothing in it can be used.
     """
-    source = os.fspath(source)
+    dataset = _open(os.fspath(source), split, image_root, image_column, caption_column, seed, num_scenes, rewrites)
+    if rewrites and isinstance(dataset, RecordDataset):
+        dataset = DrawnCaptions(dataset)
+    dataset.with_edits = edits
+    return dataset
+
+
+def _open(
+    source: str, split: str, image_root: str | Path | None, image_column: str | None, caption_column: str | None,
+    seed: int, num_scenes: int, rewrites: bool,
+) -> CaptionDataset | TarDataset:  # fmt: skip
     world, _, wording = source.partition(":")
     if world == "scenes":
-        return ScenesDataset(split, num_scenes, seed, wording=wording or "sentences")
+        return ScenesDataset(split, num_scenes, seed, wording=wording or ("all" if rewrites else "sentences"))
     if source.endswith(".tar"):
         return TarDataset(expand_shards(source), seed, caption_column)
     path, found = Path(source), None

@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 
 IMAGE_COLUMNS = ("image", "file_name", "image_file", "image_path", "filename")
 CAPTION_COLUMNS = ("caption", "text", "description", "captions", "conversations")
+EDIT_COLUMNS = ("edits", "hard_negatives", "negative_captions")  # captions edited elsewhere, wrong of their image
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # in shards
 LIST_SUFFIXES = (".json", ".jsonl", ".jsonlines", ".csv")
 MAX_ASPECT_RATIO = 100  # a hair line, whose shorter side scaled to a model's would make the longer one enormous
@@ -41,12 +42,16 @@ class Skip:
 
 
 class Record(NamedTuple):
-    """One caption and where its image is: a file, or the row of a table. Captions of one image share its image_id."""
+    """One caption and where its image is: a file, or the row of a table. Captions of one image share its image_id.
+
+    `edits` are the caption's, as the data has them.
+    """
 
     image: str | int
     caption: str
     image_id: str
     name: str
+    edits: Sequence[str] = ()
 
 
 class Slot(NamedTuple):
@@ -136,6 +141,29 @@ def captions_of(row: dict[str, Any], column: str | None = None) -> list[str]:
     return captions
 
 
+def edits_of(row: dict[str, Any], captions: int = 1) -> list[list[str]]:
+    """The edited captions in a row, those of each of its captions: a list of texts, or a list for each caption.
+
+    Args:
+        row: The row; the first of `EDIT_COLUMNS` that it has is taken. CSV has texts in JSON.
+        captions: How many the row has.
+
+    Raises:
+        Unusable: If the field is no such list.
+    """
+    value = next((row[name] for name in EDIT_COLUMNS if row.get(name)), None)
+    if value is None:
+        return [[] for _ in range(captions)]
+    try:
+        value = json.loads(value) if isinstance(value, str) else list(value)
+        lists = [value] if captions == 1 and all(isinstance(each, str) for each in value) else value
+        if len(lists) != captions or not all(isinstance(text, str) for texts in lists for text in texts):
+            raise ValueError
+        return [[" ".join(text.split()) for text in texts] for texts in lists]
+    except (TypeError, ValueError) as error:
+        raise Unusable(f"the edited captions are no list of texts for each of the {captions} captions") from error
+
+
 # ------------------------------------------------------------------------------------------------------------- listing
 
 
@@ -204,6 +232,7 @@ def _records(
             if image is None:
                 raise Unusable(f"no image: none of {', '.join(columns)} is there")
             captions = captions_of(values, caption_column)
+            edits = edits_of(values, len(captions))
             files = (os.path.normpath(root / image) for root in roots)
             file = next((file for file in files if os.path.basename(file) in names_in(os.path.dirname(file))), None)
             if file is None:
@@ -211,8 +240,9 @@ def _records(
         except Unusable as error:
             skipped.append(Skip(name, str(error)))
             continue
-        for place, caption in enumerate(captions):
-            records.append(Record(file, caption, image, name if len(captions) == 1 else f"{name}[{place}]"))
+        for place, (caption, wrong) in enumerate(zip(captions, edits, strict=True)):
+            own = name if len(captions) == 1 else f"{name}[{place}]"
+            records.append(Record(file, caption, image, own, wrong))
     if splits and not records:
         raise ValueError(f"split {split!r} has no usable row; the splits here are {', '.join(sorted(splits))}.")
     return records, skipped
@@ -361,8 +391,8 @@ def shard_slots(shard: str) -> Iterator[Slot]:
         yield Slot(shard, "", {}, reason)
 
 
-def read_slot(slot: Slot, caption_column: str | None = None) -> tuple[Image.Image, list[str]]:
-    """Image and captions of a slot: KEY.txt, or KEY.json with one of `CAPTION_COLUMNS`.
+def read_slot(slot: Slot, caption_column: str | None = None) -> tuple[Image.Image, list[str], list[list[str]]]:
+    """Image, captions and their edits of a slot: KEY.txt, or KEY.json with one of `CAPTION_COLUMNS`.
 
     Raises:
         Unusable: If a part is missing, empty or unreadable.
@@ -381,8 +411,10 @@ def read_slot(slot: Slot, caption_column: str | None = None) -> tuple[Image.Imag
             raise Unusable(f"broken JSON: {error}") from error
     else:
         raise Unusable("no caption: neither txt nor json is there")
-    captions = captions_of(row if isinstance(row, dict) else {}, caption_column)
-    return open_image(_read_part(slot, suffix)), captions
+    row = row if isinstance(row, dict) else {}
+    captions = captions_of(row, caption_column)
+    edits = edits_of(row, len(captions))
+    return open_image(_read_part(slot, suffix)), captions, edits
 
 
 def _read_part(slot: Slot, extension: str) -> bytes:

@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from .embeddings import infonce, pca_image, sigmoid
+from .embeddings import cloob, edited, hn_clip, infoloob, infonce, neg_clip, pca_image, sigmoid, softened
 from .preservation import affinity, hycd, lwf, proclip, token
 from .primitives import MARGIN, infonce_loss, sigmoid_loss, triplet_margin_loss
-from .tokens import filip, finelip, flair, goal_text_span, laps, sparc
+from .tokens import beta_clip, filip, finelip, flair, goal_text_span, laps, sparc
 
 __all__ = [
     "CONTRASTIVE",
@@ -48,13 +48,20 @@ class Loss(NamedTuple):
 
 _WHOLE = ("image_embeds", "text_embeds", "logit_scale", "same")
 _TOKENS = ("image_tokens", "text_tokens", "text_mask")
-_REFINED = ("local_image_tokens", "local_text_tokens", "local_text_mask")
+_REFINED = ("local_image_tokens", "local_image_mask", "local_text_tokens", "local_text_mask")
+_EDITED = ("image_embeds", "text_embeds", "edited_embeds", "edited_valid", "logit_scale")
 _STATES = ("kept_states", "kept_penultimate", "kept_mask", "teacher_kept_states", "teacher_kept_penultimate")
 _KEPT = ("image_embeds", "kept_embeds", "teacher_image_embeds", "teacher_kept_embeds", "logit_scale")
 
 CONTRASTIVE: dict[str, Loss] = {
     "infonce": Loss(infonce, _WHOLE),
     "sigmoid": Loss(sigmoid, ("image_embeds", "text_embeds", "logit_scale", "logit_bias", "same")),
+    "hn_clip": Loss(hn_clip, _WHOLE),
+    "infoloob": Loss(infoloob, _WHOLE),
+    "cloob": Loss(cloob, _WHOLE),
+    "softened": Loss(softened, (*_WHOLE, "progress")),
+    "edited": Loss(edited, _EDITED),
+    "neg_clip": Loss(neg_clip, (*_EDITED, "same")),
     "pca_image": Loss(pca_image, ("image_embeds", "short_embeds", "logit_scale", "same")),
     "finelip": Loss(finelip, (*_REFINED, "logit_scale", "same")),
     "filip": Loss(filip, (*_TOKENS, "logit_scale", "same")),
@@ -63,7 +70,8 @@ CONTRASTIVE: dict[str, Loss] = {
     "flair": Loss(
         flair, ("image_tokens", "image_embeds", "sub_embeds", "pooling", "logit_scale", "logit_bias", "same")
     ),
-    "goal_text_span": Loss(goal_text_span, ("text_tokens", "sub_embeds", "sub_spans")),
+    "beta_clip": Loss(beta_clip, ("image_tokens", "sub_embeds", "pooling", "logit_scale", "same")),
+    "goal_text_span": Loss(goal_text_span, ("span_embeds", "sub_embeds", "sub_spans")),
 }
 """Terms that teach which caption is of which image, and what in it is of what."""
 

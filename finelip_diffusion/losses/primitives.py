@@ -83,6 +83,53 @@ def sigmoid_loss(logits: Tensor, same: Tensor | None = None) -> Tensor:
     return -(F.logsigmoid(logits.diagonal()).sum() + wrong_pairs(logits, same)) / len(logits)
 
 
+def infoloob_loss(logits: Tensor, same: Tensor | None = None) -> Tensor:
+    """The leave-one-out bound (InfoLOOB; CLOOB, arXiv 2110.11316): the right pair is not in the sum it is held against.
+
+        mean over rows of (log sum over j != i of exp(logits(i, j)) - logits(i, i)), of rows alone
+
+    Args:
+        logits: (B, B).
+        same: (B, B); pairs of one image are left out of the sum. A row without any other has no sum.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: As `triplet_margin_loss` does.
+    """
+    same = same_or_diagonal(logits, same)
+    logits = widen(logits)
+    others = logits.masked_fill(same, -math.inf)[~same.all(1)]
+    return (others.logsumexp(1).sum() - logits.diagonal().sum()) / len(logits)
+
+
+def softened_loss(
+    logits: Tensor, share: Tensor | float, weights: Tensor | None = None, same: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of rows whose target gives a share to wrong pairs (PyramidCLIP, arXiv 2204.14095, section 3.3).
+
+    Args:
+        logits: (B, B).
+        share: of the target that wrong pairs get together, 0 to 1; the right pair gets the rest.
+        weights: (B, B), at least 0, by which a row's wrong pairs share it; by default all alike.
+        same: (B, B); off the diagonal, pairs of one image are in neither softmax nor target.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: As `triplet_margin_loss` does.
+    """
+    same = same_or_diagonal(logits, same)
+    excluded = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+    log_shares = widen(logits).masked_fill(excluded, -math.inf).log_softmax(1)
+    weights = (torch.ones_like(log_shares) if weights is None else widen(weights)).masked_fill(same, 0)
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    wrong = (weights * log_shares.masked_fill(excluded, 0)).sum(1)
+    return -((1 - share) * log_shares.diagonal() + share * wrong).mean()
+
+
 # ---------------------------------------------------------------------------------------------------- arithmetic
 
 

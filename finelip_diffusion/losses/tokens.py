@@ -24,6 +24,7 @@ from .primitives import (
 
 def finelip(
     local_image_tokens: Tensor,
+    local_image_mask: Tensor,
     local_text_tokens: Tensor,
     local_text_mask: Tensor,
     logit_scale: Tensor,
@@ -40,6 +41,7 @@ def finelip(
 
     Args:
         local_image_tokens: (B, M, E), of length 1.
+        local_image_mask: (B, M), True = keep.
         local_text_tokens: (B, N, E), of length 1.
         local_text_mask: (B, N), True = keep.
         logit_scale: (), used by `infonce` alone.
@@ -52,9 +54,11 @@ def finelip(
         ValueError: If `interaction` or `objective` is unknown.
     """
     if interaction == "clim":
-        scores = late_interaction(local_image_tokens, local_text_tokens, text_mask=local_text_mask)
+        masks = (None if mask.all() else mask for mask in (local_image_mask, local_text_mask))  # all kept: less to do
+        scores = late_interaction(local_image_tokens, local_text_tokens, *masks)
     elif interaction == "mean":
-        images, texts = widen(local_image_tokens).sum(1), valid(local_text_tokens, local_text_mask).sum(1)
+        images = valid(local_image_tokens, local_image_mask).sum(1)
+        texts = valid(local_text_tokens, local_text_mask).sum(1)
         scores = products(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))  # of length 1: sums do for means
     else:
         raise ValueError(f'interaction is {interaction!r}: choose "clim" or "mean".')
@@ -91,10 +95,9 @@ def sparc(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor, logit_sc
 
     Products of a token with the P patches, min-max normalised over patches and zeroed below 1/P, weigh the patches;
     the token and the weighted patches, both of length 1, find each other among those of the caption by cross-entropy,
-    both ways. Averaged over the tokens of a caption, then over captions. Patches without CLS.
+    both ways. Averaged over all tokens of the batch, as in the paper's listing 1. Patches without CLS.
 
-    Not confirmed, there being no code by the authors: that the mean is taken caption by caption (public rewritings of
-    the paper's listing average over all tokens of the batch), and that start and end token take part.
+    Not confirmed, there being no code by the authors: that start and end token take part.
 
     Args:
         image_tokens: (B, 1 + P, E), not normalised.
@@ -114,7 +117,7 @@ def sparc(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor, logit_sc
         rows.masked_fill(columns, -math.inf).log_softmax(-1).diagonal(dim1=1, dim2=2) for rows in (logits, logits.mT)
     ]
     found = (both_ways[0] + both_ways[1]).masked_fill(~text_mask, 0)  # (B, T)
-    return -(found.sum(1) / text_mask.sum(1)).mean() / 2
+    return -found.sum() / text_mask.sum() / 2
 
 
 def laps(
@@ -194,17 +197,70 @@ def flair(
     return (conditioned + torch.stack(pairs).mean()) / 2
 
 
-def goal_text_span(text_tokens: Tensor, sub_embeds: Tensor, sub_spans: Tensor) -> Tensor:
+def beta_clip(
+    image_tokens: Tensor,
+    sub_embeds: Tensor,
+    pooling: Callable[[Tensor, Tensor], Tensor],
+    logit_scale: Tensor,
+    same: Tensor,
+    *,
+    beta: float = 0.5,
+    objective: Literal["ce", "bce"] = "ce",
+) -> Tensor:
+    """β-CLIP's contextualized contrastive alignment (arXiv 2512.12678): texts of one image are half right for another.
+
+    Each of an image's S sub-captions pools the image's patches, and what it gets is compared with the sub-captions of
+    all images. Its own counts 1, the others of its image `beta`, those of other images 0: as the target of a softmax,
+    made to sum to 1 (`"ce"`); or, each pair by itself, as the weight of a right pair among wrong ones (`"bce"`). Both
+    directions' mean.
+
+    Against the authors' code: their pooling has two linear layers behind it and a logit scale of its own; an image's
+    whole caption and 30 phrases are among its texts; `bce` there has no bias either.
+
+    Args:
+        image_tokens: (B, 1 + P, E), CLS first, which is not pooled.
+        sub_embeds: (B, S, E), not normalised.
+        pooling: (B, Q, E) queries, (B, P, E) tokens -> (B, Q, E).
+        logit_scale: ().
+        same: (B, B).
+        beta: what the other texts of an image count.
+        objective: `"ce"` or `"bce"`.
+
+    Raises:
+        ValueError: If `objective` is unknown.
+    """
+    number, count = sub_embeds.shape[:2]
+    pooled = F.normalize(widen(pooling(sub_embeds, image_tokens[:, 1:])), dim=-1).flatten(0, 1)  # (B S, E)
+    logits = logit_scale * products(pooled, F.normalize(widen(sub_embeds), dim=-1).flatten(0, 1))  # (B S, B S)
+    own = torch.eye(number * count, dtype=torch.bool, device=logits.device)
+    blocks = torch.arange(number, device=logits.device).repeat_interleave(count)
+    of_image = blocks[:, None] == blocks
+    further = same.repeat_interleave(count, 0).repeat_interleave(count, 1) & ~of_image  # of the image, told elsewhere
+    counts = (of_image * beta).to(logits.dtype).masked_fill(own, 1)
+    if objective == "ce":
+        targets = counts / counts.sum(1, keepdim=True)
+        both = [
+            (targets * rows.masked_fill(further, -math.inf).log_softmax(1).masked_fill(further, 0)).sum(1).mean()
+            for rows in (logits, logits.T)
+        ]
+        return -(both[0] + both[1]) / 2
+    if objective == "bce":
+        weights = torch.where(of_image, counts, 1.0).masked_fill(further, 0)
+        return F.binary_cross_entropy_with_logits(logits, of_image.to(logits.dtype), weights)  # as its transpose has
+    raise ValueError(f'objective is {objective!r}: choose "ce" or "bce".')
+
+
+def goal_text_span(span_embeds: Tensor, sub_embeds: Tensor, sub_spans: Tensor) -> Tensor:
     """GOAL's text-span term: tokens of a long caption against the same sentences read alone (arXiv 2503.17782).
 
         mean over sub-captions that fit of (1 - cos(mean token of the span, embedding of the sub-caption))^2
 
-    Nothing is detached, as in the authors' code: both sides move. Against that code: all sub-captions that fit the
-    window take part (there one, which suits a segment of the image best); tokens are averaged after the final norm and
-    the projection (there before both); its image-box term is not made.
+    Tokens are averaged in front of the final norm and of the projection, and nothing is detached, as in the authors'
+    code: both sides move. Against that code: all sub-captions that fit the window take part (there one, which suits a
+    segment of the image best); its image-box term is not made.
 
     Args:
-        text_tokens: (B, T, E), of the long captions.
+        span_embeds: (B, S, E), of the mean token of each span.
         sub_embeds: (B, S, E).
         sub_spans: (B, S, 2), first token and the one behind the last; the start token is 0, and 0, 0 does not fit.
 
@@ -219,10 +275,6 @@ def goal_text_span(text_tokens: Tensor, sub_embeds: Tensor, sub_spans: Tensor) -
             f"sub_spans has shape {tuple(sub_spans.shape)}, but sub_embeds of shape {tuple(sub_embeds.shape)} need a "
             "first and a last token for each sub-caption."
         )
-    position = torch.arange(text_tokens.shape[1], device=text_tokens.device)
-    inside = (position >= sub_spans[..., :1]) & (position < sub_spans[..., 1:])  # (B, S, T)
-    tokens = valid(text_tokens, inside.any(1))
-    spans = products(inside.to(tokens.dtype), tokens.mT)  # (B, S, E): sums; the cosine ignores their lengths
-    distances = (1 - F.cosine_similarity(spans, widen(sub_embeds), dim=-1)).square()  # (B, S)
-    fits = inside.any(-1)
-    return distances.masked_fill(~fits, 0).sum() / fits.sum().clamp(min=1)
+    fits = sub_spans[..., 1] > sub_spans[..., 0]
+    cosines = F.cosine_similarity(widen(span_embeds), widen(sub_embeds), dim=-1)  # (B, S)
+    return (1 - cosines).square().masked_fill(~fits, 0).sum() / fits.sum().clamp(min=1)
