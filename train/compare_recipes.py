@@ -1,25 +1,44 @@
 """Trains every recipe on scenes, several seeds each, under one budget, and sets their encoders side by side.
 
     python train/compare_recipes.py --output_dir runs/recipes --jobs 2
+    python train/compare_recipes.py --output_dir runs/recipes --jobs 2 --sweeps all
+    python train/compare_recipes.py --output_dir runs/recipes --write_only True --page docs/results/recipes.md
 
-Each run is `finetune_encoder.py` from the bundled 77-token CLIP. Its encoder is measured on retrieval among
-near-duplicates that differ behind token 77 (`retrieval.scenes_gallery`), whole and without the first sentence; on what
-a linear probe reads of its token states; on their drift from the stock encoder's on prompts that fit 77 tokens; and on
-time and memory. Finished runs are kept: started again, the script goes on. `report.json` and `report.md` hold it all.
+Each run is `finetune_encoder.py` from the bundled 77-token CLIP, in a process of its own, on a GPU where there is one.
+Its encoder is measured on retrieval among near-duplicates that differ after token 77 (`retrieval.scenes_gallery`),
+whole and without the first sentence; on what the frozen UNet of the bundled model draws of held-out prompts when the
+encoder is plugged in; with `--tune_steps`, on what it draws after a few updates through that UNet; on what a linear
+probe reads of the token states; on their drift from the stock encoder's; and on time and memory.
+
+A run leaves one small JSON file in `results/`. Started again, the script makes the runs that are missing, and those
+whose recipe, budget or starting weights are others now, and says what is missing still. `report.md` has all tables.
+A sweep is a file of train/sweeps: a recipe, and what is changed of it.
+
+Two cores take about two hours for the defaults. On a machine with a GPU and 16 cores:
+
+    python train/compare_recipes.py --output_dir runs/recipes --jobs 12 --max_train_steps 300 --sweeps all \\
+        --num_drawn_prompts 200 --num_inference_steps 20 --tune_steps 200
 """
 
+import hashlib
 import json
+import multiprocessing
 import os
+import re
+import resource
+import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -29,129 +48,320 @@ from finelip_diffusion.files import writing
 from finelip_diffusion.heads import load_heads, own_score
 from finelip_diffusion.metrics import probe_text_states, state_drift
 from finelip_diffusion.model import load_clip
-from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
 from finelip_diffusion.positions import STOCK_POSITIONS
-from finelip_diffusion.scenes import ATTRIBUTES, describe, sample_scene
-from finelip_diffusion.text_encoder import MAX_LENGTH, load_text_encoder
+from finelip_diffusion.recipes import make_recipe, read_content
+from finelip_diffusion.scenes import ATTRIBUTES, IMAGE_SIZE, describe, sample_scene
+from finelip_diffusion.text_encoder import MAX_LENGTH, load_text_encoder, save_text_encoder
+from finelip_diffusion.validation import counts_of, draw, prompts_of
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+RECIPES, SWEEPS, TEXT = HERE / "recipes", HERE / "sweeps", HERE / "recipes_page.md"
 UNTRAINED = "untrained"  # stretched, and nothing else
-ABLATIONS = ("no_atrm", "no_clim", "visual_only", "infonce", "kps_infonce", "finelip_preserve")
-SCORES = {  # column -> ranks in the report of a run
-    "R@1": ("whole/{score}/text_to_image", "R@1"),
-    "within group": ("whole/{score}/text_to_image", "group_R@1"),
-    "R@1, image to text": ("whole/{score}/image_to_text", "R@1"),
-    "no first sentence": ("without_first/{score}/text_to_image", "R@1"),
+STOCK = ("truncate", "chunk", "segment")  # ways to read a long prompt with the stock encoder
+DRAWN_FROM = 10_000  # the first seed of the noise
+PRELOADED = [
+    "accelerate", "diffusers", "yaml", "finelip_diffusion.objective", "finelip_diffusion.pipeline",
+    "finelip_diffusion.data.datasets", "finelip_diffusion.evaluation.retrieval",
+]  # fmt: skip
+RETRIEVAL = {  # column -> ranks in the report of a run
+    "R@1": "whole/{score}/text_to_image",
+    "within group": "whole/{score}/text_to_image/group",
+    "R@1, image to text": "whole/{score}/image_to_text",
+    "no first sentence": "without_first/{score}/text_to_image",
 }
 COMMON_SCORES = {"global": "Global cosine", "finelip": "FineLIP* (0.8 global + 0.2 token score)"}
+
+Result = dict[str, Any]
+Results = dict[str, list[Result]]
+"""By recipe, a result for each seed."""
 
 
 @dataclass
 class Arguments:
-    """The defaults make docs/results/recipes.md."""
+    """The defaults make docs/results/recipes.md on two cores."""
 
-    output_dir: Path = field(default=Path("runs/recipes"), metadata={"help": "A folder a run, and the report."})
-    recipes: list[str] = field(default_factory=list, metadata={"help": "Names in train/recipes; by default all."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of each recipe."})
-    pretrained_model_name_or_path: str = field(default=str(BUNDLED_MODEL / "clip"), metadata={"help": "The start."})
-    max_train_steps: int = field(default=80, metadata={"help": "Updates of a run."})
-    train_batch_size: int = field(default=40, metadata={"help": "Pairs, in groups of eight near-duplicates."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Of all parameters of all recipes."})
-    mixed_precision: str = field(default="bf16", metadata={"help": "no or bf16."})
-    num_groups: int = field(default=48, metadata={"help": "Groups of eight in the gallery."})
-    num_probe_captions: int = field(default=600, metadata={"help": "Half of them fit the probe."})
-    num_short_prompts: int = field(default=200, metadata={"help": "On which drift is measured."})
-    jobs: int = field(default=1, metadata={"help": "Runs at a time, a thread each."})
+    output_dir: Path = field(default=Path("runs/recipes"), metadata={"help": "The folder of results and report."})
+    recipes: list[str] = field(
+        default_factory=list, metadata={"help": "The names in train/recipes. The default is all; none is no recipe."}
+    )
+    sweeps: list[str] = field(
+        default_factory=list, metadata={"help": "The names in train/sweeps, or all. The default is none."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "The seeds of each recipe."})
+    pretrained_model_name_or_path: str = field(
+        default=str(BUNDLED_MODEL / "clip"), metadata={"help": "The CLIP that all recipes start from."}
+    )
+    base: str = field(
+        default=str(BUNDLED_MODEL), metadata={"help": "The Stable Diffusion whose frozen UNet draws scenes."}
+    )
+    max_train_steps: int = field(default=60, metadata={"help": "The updates of a run."})
+    train_batch_size: int = field(default=40, metadata={"help": "The pairs, in groups of eight near-duplicates."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "The rate of all parameters of all recipes."})
+    mixed_precision: str = field(default="bf16", metadata={"help": "The precision of training: no or bf16."})
+    num_groups: int = field(default=48, metadata={"help": "The groups of eight in the gallery."})
+    num_probe_captions: int = field(default=400, metadata={"help": "The captions of the probes. Half fit the probe."})
+    num_short_prompts: int = field(default=100, metadata={"help": "The prompts on which drift is measured."})
+    num_drawn_prompts: int = field(default=32, metadata={"help": "The prompts that the frozen UNet draws. 0: none."})
+    num_inference_steps: int = field(default=12, metadata={"help": "The denoising steps of a drawing."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "The guidance scale of a drawing."})
+    tune_steps: int = field(default=0, metadata={"help": "The updates through the frozen UNet. 0 leaves them out."})
+    jobs: int = field(default=1, metadata={"help": "The runs at a time. They share the cores and the GPU."})
+    write_only: bool = field(default=False, metadata={"help": "Train nothing; report what is there."})
+    page: Path | None = field(default=None, metadata={"help": "Where to write the results page."})
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("max_train_steps", "num_groups", "num_inference_steps", "num_short_prompts", "jobs"), 1)
+        least |= {"train_batch_size": 8, "num_drawn_prompts": 0, "tune_steps": 0, "num_probe_captions": 2}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"--{name} is {getattr(self, name)}, but must be at least {bound}.")
+        if self.train_batch_size % 8:
+            raise ValueError(f"--train_batch_size is {self.train_batch_size}, but groups have eight: give 8, 16, ....")
+
+
+# ------------------------------------------------------------------------------------------------------ what is run
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One setting of a recipe, varied.
+
+    Attributes:
+        name: of the file.
+        title: what is varied, with its unit.
+        variants: by value, the name of the run and the content of its recipe.
+    """
+
+    name: str
+    title: str
+    variants: dict[str, tuple[str, dict[str, Any]]]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Reads `{base: RECIPE, title: ..., values: {VALUE: {key: ..., ...}}}`.
+
+    Raises:
+        ValueError: If there is no such sweep, or it is none.
+    """
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise ValueError(f"there is no sweep {path.stem!r}: choose among {known}, or all.")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.keys() != {"base", "title", "values"}:
+        raise ValueError(f"{path} is no sweep: it has base, title and values.")
+    base = read_content(RECIPES / f"{content['base']}.yaml")
+    variants = {
+        str(value): (
+            f"{path.stem}={re.sub('[^0-9a-z.]+', '-', str(value))}",
+            base | changed | {"description": f"{path.stem} {value}"},
+        )
+        for value, changed in content["values"].items()
+    }
+    for name, recipe in variants.values():
+        make_recipe(name, recipe, f"{path}, {name}")
+    return Sweep(path.stem, content["title"], variants)
+
+
+def wanted_recipes(args: Arguments) -> tuple[dict[str, dict[str, Any]], list[Sweep]]:
+    """The contents of the recipes by name, and the sweeps.
+
+    Raises:
+        ValueError: For a name that is unknown.
+    """
+    known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    names = [] if args.recipes == ["none"] else args.recipes or known
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no recipe {unknown[0]!r}: choose among {', '.join(known)}.")
+    every = sorted(file.stem for file in SWEEPS.glob("*.yaml"))
+    sweeps = [read_sweep(SWEEPS / f"{name}.yaml") for name in (every if args.sweeps == ["all"] else args.sweeps)]
+    return {name: read_content(RECIPES / f"{name}.yaml") for name in names}, sweeps
+
+
+def fingerprint(*sources: str) -> str:
+    """Of the weights of folders and files: other weights, other runs."""
+    digest = hashlib.blake2b(digest_size=8)
+    for source in map(Path, sources):
+        for file in sorted(source.rglob("*.safetensors")) if source.is_dir() else [source]:
+            digest.update(file.name.encode())
+            digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()
+
+
+def settings_of(args: Arguments, content: dict[str, Any] | None, weights: str) -> dict[str, Any]:
+    """What a result depends on; one that was made otherwise is made again."""
+    names = ("max_train_steps", "train_batch_size", "learning_rate", "mixed_precision", "num_groups", "tune_steps",
+             "num_probe_captions", "num_short_prompts", "num_drawn_prompts", "num_inference_steps",
+             "guidance_scale")  # fmt: skip
+    own = {key: value for key, value in (content or {}).items() if key != "description"}
+    return {"recipe": own, "weights": weights} | {name: getattr(args, name) for name in names}
+
+
+def result_file(args: Arguments, name: str, seed: int) -> Path:
+    return args.output_dir / "results" / f"{name}-{seed}.json"
+
+
+def read_result(args: Arguments, name: str, seed: int, settings: dict[str, Any]) -> Result | None:
+    """The result of a run, if it was made under these settings."""
+    file = result_file(args, name, seed)
+    result = json.loads(file.read_text()) if file.is_file() else None
+    return result if result is not None and result["settings"] == settings else None
 
 
 # -------------------------------------------------------------------------------------------------------------- a run
 
 
-def train(recipe: str, seed: int, folder: Path, args: Arguments) -> dict[str, float]:
-    """Trains in a process of its own; its wall time, and the most memory that it took."""
-    flags = {
-        "recipe": recipe,
-        "seed": seed,
-        "output_dir": folder,
-        "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
-        "train_data": "scenes",
-        "train_batch_size": args.train_batch_size,
-        "max_train_steps": args.max_train_steps,
-        "learning_rate": args.learning_rate,
-        "head_learning_rate": args.learning_rate,
-        "lr_warmup_steps": args.max_train_steps // 10,
-        "loss_warmup_steps": args.max_train_steps // 10,
-        "checkpointing_steps": args.max_train_steps,
-        "validation_steps": args.max_train_steps + 1,
-        "num_validation_examples": 8,
-        "mixed_precision": args.mixed_precision,
-        "length_bucketing": True,
-        "report_to": "none",
-    }
-    given = [f"--{name}={value}" for name, value in flags.items()]
-    command = [sys.executable, str(HERE / "finetune_encoder.py"), *given]
-    started = time.perf_counter()
-    with open(folder / "log.txt", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{recipe}, seed {seed}, did not train: {folder / 'log.txt'} says why.")
-    return {"seconds": time.perf_counter() - started, "peak_memory_mib": usage.ru_maxrss / 2**10}
-
-
-def measure(source: Path | str, encoder_source: Path | str, gallery: SceneGallery, args: Arguments) -> dict[str, Any]:
-    """Retrieval, probes and drift of one encoder."""
-    raw: dict[str, Any] = {"max_length": MAX_LENGTH, "refine_image": False, "refine_text": False}
-    model, tokenizer, image_processor = load_clip(source, **(raw if source == encoder_source else {}))
-    own = None if source == encoder_source else own_score(model, load_heads(source))
-    embedded = embed_gallery(model, tokenizer, image_processor, gallery, views=("whole", "without_first"), own=own)
-    encoder, tokenizer = load_text_encoder(encoder_source, dtype=torch.float32, projection=False)
-    stock, _ = load_text_encoder(BUNDLED_MODEL, max_length=STOCK_POSITIONS, dtype=torch.float32)
-    prompts = [str(describe(sample_scene(seed, "test", (1, 2)))) for seed in range(args.num_short_prompts)]
-    drift = state_drift(encoder, stock, tokenizer, prompts)
-    return {
-        "retrieval": evaluate(embedded),
-        "probes": probe_text_states(encoder, tokenizer, args.num_probe_captions),
-        "drift": {name: drift[name] for name in ("last_hidden_state", list(drift)[-3])},
-    }
-
-
-def run(recipe: str, seed: int, gallery: SceneGallery, args: Arguments) -> dict[str, Any]:
-    """One recipe, one seed: trained and measured, unless that was done before."""
-    torch.set_num_threads(1)
-    folder = args.output_dir / f"{recipe}-{seed}"
-    file = folder / "result.json"
-    settings = {
-        "steps": args.max_train_steps, "batch": args.train_batch_size, "learning_rate": args.learning_rate,
-        "start": str(args.pretrained_model_name_or_path), "groups": args.num_groups,
-    }  # fmt: skip
-    if file.exists() and (result := json.loads(file.read_text()))["settings"] == settings:
-        return result
-    folder.mkdir(parents=True, exist_ok=True)
-    if recipe == UNTRAINED:
-        source = args.pretrained_model_name_or_path
-        figures = measure(source, source, gallery, args)
+def run(name: str, content: dict[str, Any] | None, seed: int, gallery: SceneGallery, args: Arguments,
+        settings: dict[str, Any]) -> None:  # fmt: skip
+    """Trains and measures one recipe with one seed, in this process; its output goes to logs/, its weights go away."""
+    folder = args.output_dir / "work" / f"{name}-{seed}"
+    log = args.output_dir / "logs" / f"{name}-{seed}.txt"
+    for parent in (folder, log.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(stream, 1), os.dup2(stream, 2)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+    device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    result: Result = {"recipe": name, "seed": seed, "settings": settings}
+    began = time.process_time()
+    if name in STOCK:
+        result["pictures"] = pictures(None, name, args, device)
     else:
-        cost = train(recipe, seed, folder, args)
-        figures = measure(folder / "finelip_model", folder, gallery, args) | {"cost": cost}
-    result = {"recipe": recipe, "seed": seed, "settings": settings} | figures
-    with writing(file) as part:
+        if content is not None:
+            result["cost"] = train(name, content, seed, folder, args, device)
+        else:
+            save_stretched(folder, args)
+        source = args.pretrained_model_name_or_path if content is None else folder / "finelip_model"
+        result |= measure(source, folder, gallery, args, device)
+        if args.num_drawn_prompts:
+            result["pictures"] = pictures(folder, "stretch", args, device)
+        if args.tune_steps:
+            tune(folder, seed, args)
+            result["tuned"] = pictures(folder / "tuned", "stretch", args, device)
+    result["cpu_seconds"] = time.process_time() - began
+    with writing(result_file(args, name, seed)) as part:
         part.write_text(json.dumps(result))
-    return result
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
+def train(
+    name: str, content: dict[str, Any], seed: int, folder: Path, args: Arguments, device: torch.device
+) -> Result:
+    """Trains by `finetune_encoder.py`; its wall time, and the most memory that it took."""
+    sys.path.insert(0, str(HERE))
+    import finetune_encoder
+
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+    started, busy = time.perf_counter(), time.process_time()
+    finetune_encoder.main(
+        finetune_encoder.Arguments(
+            output_dir=folder,
+            recipe=str(recipe),
+            seed=seed,
+            pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+            train_data="scenes",
+            num_scenes=8 * -(-args.max_train_steps * args.train_batch_size // 8),
+            train_batch_size=args.train_batch_size,
+            max_train_steps=args.max_train_steps,
+            learning_rate=args.learning_rate,
+            head_learning_rate=args.learning_rate,
+            lr_warmup_steps=args.max_train_steps // 10,
+            loss_warmup_steps=args.max_train_steps // 10,
+            checkpointing_steps=args.max_train_steps,
+            validation_steps=args.max_train_steps + 1,
+            num_validation_examples=8,
+            mixed_precision=args.mixed_precision,
+            length_bucketing=True,
+            report_to="none",
+        )
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - busy}
+    return seconds | {"peak_memory_mib": peak, "device": device.type}
 
 
-def hits(result: dict[str, Any], name: str, figure: str) -> np.ndarray:
-    """Whether each query was found first, in the gallery or among its group, (Q,)."""
-    name = f"{name}/group" if figure.startswith("group") else name
-    return np.array(result["retrieval"]["ranks"][name]) < 1
+def save_stretched(folder: Path, args: Arguments) -> None:
+    """The starting CLIP's text tower, stretched and not trained, as the other runs leave theirs."""
+    encoder, tokenizer = load_text_encoder(
+        args.pretrained_model_name_or_path, max_length=MAX_LENGTH, dtype=torch.float32, projection=False
+    )
+    save_text_encoder(encoder, tokenizer, folder, overwrite=True)
 
 
-def pooled(results: list[dict[str, Any]], name: str, figure: str) -> torch.Tensor:
-    """The share of seeds with which each query was found, (Q,)."""
-    return torch.tensor(np.mean([hits(result, name, figure) for result in results], axis=0))
+def measure(source: Path | str, folder: Path, gallery: SceneGallery, args: Arguments, device: torch.device) -> Result:
+    """Retrieval, probes and drift of one encoder."""
+    raw: dict[str, Any] = {} if Path(source).parent == folder else {"max_length": MAX_LENGTH}
+    model, tokenizer, image_processor = load_clip(source, **raw)
+    own = None if raw else own_score(model, load_heads(source))
+    views = ("whole", "without_first")
+    embedded = embed_gallery(model.to(device), tokenizer, image_processor, gallery, views=views, own=own)
+    ranks = evaluate(embedded, device=device)["ranks"]
+    encoder, tokenizer = load_text_encoder(folder, dtype=torch.float32, projection=False)
+    probes = probe_text_states(encoder, tokenizer, args.num_probe_captions)
+    stock, _ = load_text_encoder(
+        args.pretrained_model_name_or_path, max_length=STOCK_POSITIONS, dtype=torch.float32, projection=False
+    )
+    prompts = [str(describe(sample_scene(seed, "test", (1, 2)))) for seed in range(args.num_short_prompts)]
+    drift = state_drift(encoder.to(device), stock.to(device), tokenizer, prompts)
+    last, before = "last_hidden_state", list(drift)[-3]
+    return {
+        "score": own.name if own else None,
+        "hits": {name: "".join("1" if rank < 1 else "0" for rank in found) for name, found in ranks.items()},
+        "probes": {name: probes[name]["mean"] for name in ATTRIBUTES},
+        "drift": {"last": drift[last]["rms"], "last but one": drift[before]["rms"]},
+    }
+
+
+def pictures(folder: Path | None, long_prompt: str, args: Arguments, device: torch.device) -> list[list[int]]:
+    """What the frozen UNet shows of held-out prompts: for each, found and stated before token 77, and after it."""
+    pipe = FineLIPStableDiffusionPipeline.from_pretrained(args.base, finelip=folder, long_prompt=long_prompt)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = prompts_of(None, args.num_drawn_prompts, "scenes")
+    images = draw(pipe.to(device), prompts, IMAGE_SIZE, args.num_inference_steps, args.guidance_scale, DRAWN_FROM)
+    return counts_of(prompts, images, pipe.tokenizer)
+
+
+def tune(folder: Path, seed: int, args: Arguments) -> None:
+    """Trains the encoder through the frozen UNet, by `finetune_text_to_image.py`."""
+    flags = {
+        "preset": "scenes", "pretrained_model_name_or_path": args.base, "finelip": folder, "train_data": "scenes",
+        "output_dir": folder / "tuned", "cache_dir": args.output_dir / "work" / f"latents-{seed}",
+        "num_scenes": 2000, "max_train_steps": args.tune_steps, "lr_warmup_steps": args.tune_steps // 10,
+        "checkpointing_steps": args.tune_steps, "num_validation_prompts": 0, "seed": seed, "report_to": "none",
+    }  # fmt: skip
+    command = [sys.executable, str(HERE / "finetune_text_to_image.py"), *(f"--{key}={flags[key]}" for key in flags)]
+    threads = str(torch.get_num_threads())
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+
+
+def run_all(runs: Sequence[tuple[Any, ...]], jobs: int) -> list[str]:
+    """Makes runs, `jobs` at a time, each in a process of its own; the names of those that failed."""
+    # A process that is forked must not have seen the GPU; one that is forked on a CPU need not import anything.
+    context = multiprocessing.get_context("spawn" if torch.accelerator.is_available() else "forkserver")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
+
+    def make(arguments: tuple[Any, ...]) -> str | None:
+        process = context.Process(target=run, args=arguments)
+        process.start()
+        process.join()
+        return f"{arguments[0]}, seed {arguments[2]}" if process.exitcode else None
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(make, arguments) for arguments in runs]
+        done = tqdm(as_completed(futures), total=len(futures), desc="runs", mininterval=2)
+        return [failed for future in done if (failed := future.result())]
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def pooled(results: list[Result], name: str) -> torch.Tensor:
+    """The share of seeds with which each query of the gallery was found, (Q,)."""
+    return torch.tensor(np.mean([[int(hit) for hit in result["hits"][name]] for result in results], axis=0))
 
 
 def interval(values: torch.Tensor) -> dict[str, Any]:
@@ -159,95 +369,303 @@ def interval(values: torch.Tensor) -> dict[str, Any]:
     return bootstrap_interval(values, torch.arange(len(values)) // 8)
 
 
+def facts(results: list[Result], key: str, after: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Facts found in pictures, mean over seeds, and which prompt each is of: (F,) twice, the found ones first."""
+    counts = np.array([result[key] for result in results])[:, :, 2 * after : 2 * after + 2]  # (seeds, prompts, 2)
+    found, stated = counts[..., 0].mean(0), counts[0, :, 1]
+    values = [found[n] / stated[n] for n in range(len(stated)) for _ in range(stated[n])]
+    prompts = [n for n in range(len(stated)) for _ in range(stated[n])]
+    return torch.tensor(values, dtype=torch.float64), torch.tensor(prompts)
+
+
+def recall(results: list[Result], key: str, after: bool) -> dict[str, Any] | None:
+    """Share of the facts that are found, with an interval over prompts."""
+    own = [result for result in results if result.get(key)]
+    return bootstrap_interval(*facts(own, key, after)) if own else None
+
+
 def over_seeds(values: list[float]) -> str:
     """A mean over seeds and their range."""
+    if not values:
+        return "–"
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
-def own_score_of(result: dict[str, Any]) -> str | None:
-    """The score that a recipe trains for, where it is neither the global cosine nor FineLIP's."""
-    scores = dict.fromkeys(name.split("/")[1] for name in result["retrieval"]["ranks"])
-    return next((score for score in scores if score not in COMMON_SCORES), None)
+def both(results: list[Result], key: str) -> str:
+    """Recall before | after token 77."""
+    found = [recall(results, key, after) for after in (False, True)]
+    return " | ".join(map(shown, found)) if any(found) else "–"
 
 
-def tables(by_recipe: dict[str, list[dict[str, Any]]]) -> str:
-    """The report in Markdown."""
-    lines = []
+def measured(results: Results) -> Results:
+    """Those that were trained or stretched, not the ways to read a prompt with the stock encoder."""
+    return {name: own for name, own in results.items() if own and "hits" in own[0]}
 
-    def add(title: str, heads: list[str], rows: list[list[str]]) -> None:
-        lines.extend([f"### {title}", "", *markdown_table(heads, rows), ""])
 
-    for score, title in COMMON_SCORES.items():
-        columns = [(name.format(score=score), figure) for name, figure in SCORES.values()]
-        add(title, ["recipe", *SCORES], [
-            [recipe, *(shown(interval(pooled(results, *column))) for column in columns)]
-            for recipe, results in by_recipe.items()
-        ])  # fmt: skip
-    own = {recipe: found for recipe, results in by_recipe.items() if (found := own_score_of(results[0]))}
-    if own:
-        add("The score that the recipe trains for", ["recipe, score", *SCORES], [
-            [f"{recipe}, {score}", *(shown(interval(pooled(by_recipe[recipe], name.format(score=score), figure)))
-                                     for name, figure in SCORES.values())]
-            for recipe, score in own.items()
-        ])  # fmt: skip
-    add("What a linear probe reads of the token states", ["recipe", *ATTRIBUTES], [
-        [recipe, *(over_seeds([result["probes"][name]["mean"] for result in results]) for name in ATTRIBUTES)]
-        for recipe, results in by_recipe.items()
-    ])  # fmt: skip
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def table(title: str, heads: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"### {title}", "", *markdown_table(heads, rows), ""]
+
+
+def summary(results: Results) -> list[str]:
+    """A row a recipe: what it finds, what the picture gains, what its states say and how far they are from home."""
     rows = []
-    for recipe, results in by_recipe.items():
-        cells = [over_seeds([result["drift"][layer]["rms"] for result in results]) for layer in results[0]["drift"]]
-        cost = [result["cost"] for result in results if "cost" in result]
-        cells.append(over_seeds([each["seconds"] / 60 for each in cost]) if cost else "–")
-        cells.append(f"{max(each['peak_memory_mib'] for each in cost):.0f}" if cost else "–")
-        rows.append([recipe, *cells])
-    add("Drift, time and memory", ["recipe", "drift, last", "drift, last but one", "minutes", "MiB"], rows)
-    if "finelip" in by_recipe:
-        starred = {f"{column}, FineLIP*": (name.format(score="finelip"), figure)
-                   for column, (name, figure) in SCORES.items()}  # fmt: skip
-        starred["R@1, global"] = ("whole/global/text_to_image", "R@1")
-        names = list(starred)
-        others = [name for name in ABLATIONS if name in by_recipe]
-        for part, some in (("", [names[0], names[1], names[4]]), (", further", names[2:4])):
-            rows = []
-            for other in others:
-                pairs = by_recipe["finelip"], by_recipe[other]
-                cells = [
-                    shown(interval(pooled(pairs[0], *starred[name]) - pooled(pairs[1], *starred[name])), sign=True)
-                    for name in some
-                ]
-                signs = [
-                    bool(hits(one, *starred[some[0]]).mean() > hits(two, *starred[some[0]]).mean())
-                    for one, two in zip(*pairs, strict=False)
-                ]
-                rows.append([other, *cells, f"{max(sum(signs), len(signs) - sum(signs))} of {len(signs)}"])
-            add(f"FineLIP less the other, paired by query{part}", ["other", *some, "seeds agree on the first"], rows)
-    return "\n".join(lines)
+    for name, own in results.items():
+        trained = own and "hits" in own[0]
+        rows.append([
+            name,
+            shown(interval(pooled(own, "whole/global/text_to_image"))) if trained else "–",
+            *(shown(recall(own, "pictures", after)) for after in (False, True)),
+            over_seeds([np.mean(list(one["probes"].values())) for one in own]) if trained else "–",
+            over_seeds([one["drift"]["last"] for one in own]) if trained else "–",
+        ])  # fmt: skip
+    heads = ["recipe", "R@1", "drawn, before 77", "drawn, after 77", "probes", "drift"]
+    return table("All recipes", heads, rows)
+
+
+def tables(results: Results) -> list[str]:
+    """All tables in Markdown."""
+    lines, trained = summary(results), measured(results)
+    for score, title in COMMON_SCORES.items():
+        columns = [name.format(score=score) for name in RETRIEVAL.values()]
+        rows = [[name, *(shown(interval(pooled(own, column))) for column in columns)]
+                for name, own in trained.items()]  # fmt: skip
+        lines += table(title, ["recipe", *RETRIEVAL], rows)
+    own_scores = {name: own[0]["score"] for name, own in trained.items() if own[0]["score"]}
+    if own_scores:
+        rows = [[f"{name}, {score}", *(shown(interval(pooled(trained[name], column.format(score=score))))
+                                       for column in RETRIEVAL.values())]
+                for name, score in own_scores.items()]  # fmt: skip
+        lines += table("The score that the recipe trains for", ["recipe, score", *RETRIEVAL], rows)
+    if any(one.get("tuned") for own in trained.values() for one in own):
+        rows = [[name, *(shown(recall(own, key, after)) for key in ("pictures", "tuned") for after in (False, True))]
+                for name, own in trained.items()]  # fmt: skip
+        heads = ["recipe", "plugged in, before 77", "plugged in, after 77", "tuned, before 77", "tuned, after 77"]
+        lines += table("Drawn by the frozen UNet, before and after tuning through it", heads, rows)
+    rows = [[name, *(over_seeds([one["probes"][attribute] for one in own]) for attribute in ATTRIBUTES)]
+            for name, own in trained.items()]  # fmt: skip
+    lines += table("What a linear probe reads of the token states", ["recipe", *ATTRIBUTES], rows)
+    rows = []
+    for name, own in trained.items():
+        cost = [one["cost"] for one in own if "cost" in one]
+        memory = f"{max(each['peak_memory_mib'] for each in cost):.0f}" if cost else "–"
+        drift = [over_seeds([one["drift"][layer] for one in own]) for layer in ("last", "last but one")]
+        rows.append([name, *drift, over_seeds([each["seconds"] / 60 for each in cost]), memory])
+    return lines + table("Drift, time and memory", ["recipe", "last", "last but one", "minutes", "MiB"], rows)
+
+
+def paired(results: Results, one: str, others: Sequence[str]) -> list[str]:
+    """Differences of a recipe from others, query by query and fact by fact."""
+    trained = measured(results)
+    if one not in trained:
+        return []
+    rows = []
+    for other in others:
+        if other not in trained or other == one:
+            continue
+        cells = []
+        for name in ("whole/global/text_to_image", "whole/finelip/text_to_image"):
+            cells.append(shown(interval(pooled(trained[one], name) - pooled(trained[other], name)), sign=True))
+        pictured = [all(result.get("pictures") for result in trained[name]) for name in (one, other)]
+        if all(pictured):
+            (a, prompts), (b, _) = (facts(trained[name], "pictures", True) for name in (one, other))
+            cells.append(shown(bootstrap_interval(a - b, prompts), sign=True))
+        else:
+            cells.append("–")
+        name = "whole/global/text_to_image"
+        signs = [first["hits"][name].count("1") > second["hits"][name].count("1")
+                 for first, second in zip(trained[one], trained[other], strict=False)]  # fmt: skip
+        rows.append([other, *cells, f"{max(sum(signs), len(signs) - sum(signs))} of {len(signs)}"])
+    heads = ["other", "R@1, global", "R@1, FineLIP*", "drawn, after 77", "seeds agree on the first"]
+    return table(f"`{one}` less the other, paired by query and by prompt", heads, rows) if rows else []
+
+
+# ------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def sweep_points(sweep: Sweep, results: Results) -> dict[str, dict[str, Any]]:
+    """By value, figures with intervals."""
+    points = {}
+    for value, (name, _) in sweep.variants.items():
+        if own := results.get(name):
+            points[value] = {
+                "R@1": interval(pooled(own, "whole/global/text_to_image")),
+                "R@1, FineLIP*": interval(pooled(own, "whole/finelip/text_to_image")),
+                "drawn, after 77": recall(own, "pictures", True),
+            }
+    return points
+
+
+def sweep_tables(sweeps: Sequence[Sweep], results: Results) -> list[str]:
+    lines = []
+    for sweep in sweeps:
+        points = sweep_points(sweep, results)
+        columns = ["R@1", "R@1, FineLIP*", "drawn, after 77"]
+        rows = [[value, *(shown(point[column]) for column in columns)] for value, point in points.items()]
+        if rows:
+            lines += table(sweep.title, ["value", *columns], rows)
+    return lines
+
+
+def plot_sweeps(sweeps: Sequence[Sweep], results: Results, file: Path) -> bool:
+    """A panel a sweep, each figure with its 95% interval; whether there was anything to show."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown_sweeps = [(sweep, points) for sweep in sweeps if (points := sweep_points(sweep, results))]
+    if not shown_sweeps:
+        return False
+    figure, panels = pyplot.subplots(1, len(shown_sweeps), figsize=(3.4 * len(shown_sweeps), 3.2), squeeze=False)
+    for panel, (sweep, points) in zip(panels[0], shown_sweeps, strict=True):
+        for shift, label in ((-0.08, "R@1"), (0.0, "R@1, FineLIP*"), (0.08, "drawn, after 77")):
+            found = [(place, point[label]) for place, point in enumerate(points.values()) if point[label]]
+            if not found:
+                continue
+            places, values = zip(*found, strict=True)
+            middle = np.array([value["value"] for value in values])
+            low, high = (np.array([value[end] for value in values], dtype=float) for end in ("low", "high"))
+            panel.errorbar(np.array(places) + shift, middle, [middle - low, high - middle], fmt="o-", ms=3, lw=1,
+                           capsize=2, label=label)  # fmt: skip
+        panel.set_xticks(range(len(points)), list(points))
+        panel.set_title(sweep.title, fontsize=9)
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("share found, 95% interval")
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    with writing(file) as part:
+        figure.savefig(
+            part, format=file.suffix[1:], dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None
+        )
+    pyplot.close(figure)
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------------- page
+
+
+def best(results: Results, figure: Callable[[list[Result]], float | None]) -> tuple[str, list[Result]] | None:
+    """The recipe, of those that were trained, with the largest figure."""
+    found = {name: figure(own) for name, own in measured(results).items() if name != UNTRAINED}
+    known = {name: value for name, value in found.items() if value is not None}
+    return (name := max(known, key=lambda name: known[name]), results[name]) if known else None
+
+
+def mean_of(key: str) -> Callable[[list[Result]], float | None]:
+    """Mean recall before and after token 77 of pictures."""
+
+    def figure(own: list[Result]) -> float | None:
+        found = [recall(own, key, after) for after in (False, True)]
+        values = [each["value"] for each in found if each]
+        return float(np.mean(values)) if values else None
+
+    return figure
+
+
+def choices(results: Results) -> list[str]:
+    """Which recipe to take for what, with the figures behind it."""
+    lines = []
+    if found := best(results, lambda own: interval(pooled(own, "whole/global/text_to_image"))["value"]):
+        name, own = found
+        figure = shown(interval(pooled(own, "whole/global/text_to_image")))
+        base = shown(interval(pooled(results[UNTRAINED], "whole/global/text_to_image")))
+        lines.append(f"- **Retrieval**: `{name}`, R@1 {figure} by the global cosine (untrained: {base}).")
+    if found := best(results, mean_of("pictures")):
+        name, own = found
+        others = ", ".join(f"{other}: {both(results[other], 'pictures')}" for other in (UNTRAINED, *STOCK)
+                           if results.get(other))  # fmt: skip
+        lines.append(f"- **An encoder to plug in** beside a UNet that stays as it is: `{name}`, "
+                     f"{both(own, 'pictures')} of the facts before | after token 77 ({others}).")  # fmt: skip
+    if found := best(results, mean_of("tuned")):
+        name, own = found
+        base = both(results[UNTRAINED], "tuned")
+        lines.append(f"- **An encoder to tune through a UNet**: `{name}`, {both(own, 'tuned')} after "
+                     f"{own[0]['settings']['tune_steps']} updates (untrained: {base}).")  # fmt: skip
+    elif found := best(results, lambda own: float(np.mean([list(one["probes"].values()) for one in own]))):
+        name, own = found
+        probes = over_seeds([float(np.mean(list(one["probes"].values()))) for one in own])
+        lines.append(f"- **An encoder to tune through a UNet**: by its token states, `{name}`, of which a linear "
+                     f"probe reads most ({probes}). Tuning was not part of this run (`--tune_steps`).")  # fmt: skip
+    return lines
+
+
+def page(results: Results, sweeps: Sequence[Sweep], missing: list[str], args: Arguments) -> str:
+    """The results page: what to take, how it was measured, every table."""
+    ran = next(own[0] for own in results.values() if own and own[0]["settings"]["recipe"])
+    seeds = sorted({one["seed"] for own in results.values() for one in own})
+    values = ran["settings"] | {
+        "seeds": ", ".join(map(str, seeds)),
+        "queries": len(ran["hits"]["whole/global/text_to_image"]),
+        "device": ran["cost"]["device"],
+        "choices": "\n".join(choices(results)),
+        "missing": f"Missing: {', '.join(missing)}." if missing else "Nothing is missing.",
+    }
+    text = TEXT.read_text(encoding="utf-8").format_map(values)
+    ablations = [name for name, own in results.items() if own and own[0]["settings"]["recipe"].get("local_loss")]
+    lines = [text, *tables(results), *paired(results, "finelip", ablations)]
+    lines += paired(results, "edited", ["edited_before", "edited_after", "neg_clip", "kps_infonce"])
+    if swept := sweep_tables(sweeps, results):
+        lines += ["## FineLIP's open questions", "", "![Sweeps](recipes_sweeps.svg)", "", *swept]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# --------------------------------------------------------------------------------------------------------------- main
 
 
 def main(args: Arguments) -> None:
-    known = sorted(file.stem for file in (HERE / "recipes").glob("*.yaml"))
-    if unknown := [name for name in args.recipes if name not in known]:
-        raise SystemExit(f"Unknown recipe {unknown[0]!r}: choose among {', '.join(known)}.")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    gallery = scenes_gallery(args.num_groups)
-    names = args.recipes or known
-    tasks = [(UNTRAINED, 0), *((name, seed) for seed in args.seeds for name in names)]
-    results = []
-    with ProcessPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(run, name, seed, gallery, args) for name, seed in tasks]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
-            results.append(future.result())
-    by_recipe = {
-        name: sorted((one for one in results if one["recipe"] == name), key=lambda one: one["seed"])
-        for name in (UNTRAINED, *names)
-    }
-    (args.output_dir / "report.json").write_text(json.dumps(by_recipe))
-    (args.output_dir / "report.md").write_text(tables(by_recipe))
-    print(tables(by_recipe))
+    recipes, sweeps = wanted_recipes(args)
+    contents: dict[str, dict[str, Any] | None] = dict.fromkeys((*STOCK, UNTRAINED)) | recipes
+    swept = {name: content for sweep in sweeps for name, content in sweep.variants.values()}
+    weights = fingerprint(args.base, args.pretrained_model_name_or_path)
+    tasks = [
+        (name, content, seed, settings_of(args, content, weights))
+        for seed in args.seeds
+        for name, content in (contents | swept).items()
+        if content is not None or seed == args.seeds[0]
+        if args.num_drawn_prompts or name not in STOCK
+    ]
+    for folder in ("results", "work", "logs"):
+        (args.output_dir / folder).mkdir(parents=True, exist_ok=True)
+
+    def missing() -> list[tuple[Any, ...]]:
+        return [task for task in tasks if read_result(args, task[0], task[2], task[3]) is None]
+
+    failed: list[str] = []
+    if not args.write_only and (todo := missing()):
+        gallery = scenes_gallery(args.num_groups)
+        runs = [(name, content, seed, gallery, args, settings) for name, content, seed, settings in todo]
+        failed = run_all(runs, args.jobs)
+        shutil.rmtree(args.output_dir / "work", ignore_errors=True)
+    results: Results = {name: [] for name in (contents | swept)}
+    for name, _, seed, settings in tasks:
+        if (result := read_result(args, name, seed, settings)) is not None:
+            results[name].append(result)
+    results = {name: own for name, own in results.items() if own}
+    left = [f"{name} seed {seed}" for name, _, seed, _ in missing()]
+    listed = {name: own for name, own in results.items() if name in contents}
+    report = "\n".join([*tables(listed), *sweep_tables(sweeps, results)])
+    with writing(args.output_dir / "report.md") as part:
+        part.write_text(report, encoding="utf-8")
+    plot_sweeps(sweeps, results, args.output_dir / "sweeps.svg")
+    if args.page is not None and measured(listed):
+        plot_sweeps(sweeps, results, args.page.with_name(f"{args.page.stem}_sweeps.svg"))
+        with writing(args.page) as part:
+            part.write_text(page(listed | results, sweeps, left, args), encoding="utf-8")
+    print(report)
+    print(
+        f"{len(tasks) - len(left)} of {len(tasks)} runs are there." + (f" Missing: {', '.join(left)}." if left else "")
+    )
+    if failed:
+        raise ValueError(f"{len(failed)} runs failed ({', '.join(failed)}): {args.output_dir / 'logs'} says why.")
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    try:
+        main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    except ValueError as error:
+        raise SystemExit(f"{Path(__file__).name}: {error}") from error
