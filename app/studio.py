@@ -189,8 +189,8 @@ class Studio:
     def begin(self, session: str | None) -> threading.Event:
         """A window begins a drawing: what it drew until now ends. Set the event to stop the new one."""
         visit = self.visit(session)
-        visit.stop.set()
-        visit.stop = threading.Event()
+        before, visit.stop = visit.stop, threading.Event()
+        before.set()  # what it ends looks whether it was replaced, so only now
         return visit.stop
 
     def join(self, session: str | None) -> threading.Event:

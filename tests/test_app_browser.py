@@ -372,6 +372,7 @@ def test_the_newest_request_of_a_window_wins(tabs, url):
         type_prompt(page, "A small red star in the very centre.")
         set_number(page, "steps", "2")
         page.locator("#draw").click()
+        expect(page.locator("#shown .found")).to_contain_text("of 1 objects")  # not of the first
         expect(page.locator("#shown")).to_contain_text("Drawn in")
         expect(page.locator("#stop")).not_to_be_visible()
         page.get_by_role("tab", name="Listen").click()
