@@ -4,7 +4,9 @@ All of them rest on one product: the similarities of all image tokens with all t
 which token was the most similar one is kept for the backward pass.
 """
 
+import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +19,11 @@ from torch.utils.checkpoint import checkpoint
 NEGATIVE_SLOPE = 0.1
 """Of the leaky ReLU that FineLIP and LAPS apply to token similarities."""
 
-CPU_BLOCK, GPU_BLOCK = 2**19, 2**25
-"""Similarities held at a time: 2 MB, which caches hold; more where each step costs a launch."""
+KERNEL_BLOCK = 2**26  # best matches that one launch of the Triton kernel leaves in memory, six bytes each
+CPU_BLOCK, GPU_BLOCK = 2**20, 2**25
+"""Similarities held at a time: 4 MB, which caches hold; more where each step costs a launch."""
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as many bytes as a float
 
 
 def late_interaction(
@@ -52,12 +57,17 @@ def max_similarity(
     image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
     negative_slope: float = 1.0,
+    fused: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean of each token's similarity to its best match on the other side, in both directions, for every pair.
 
     Extra memory: one block of similarities, and one small integer for each token of each pair, B_image * B_text *
     (P + T) bytes while both have at most 128 tokens. Under autocast the product runs in the autocast dtype; sums,
     scores and gradients are float32. Cannot be differentiated twice.
+
+    On an NVIDIA GPU, tokens of at most 32 bits are compared by Triton kernels, which never write similarities to
+    memory: two bytes for each token of each pair. Their float32 products are as exact as TF32 in three parts, and in
+    bfloat16 the gradient of a match is rounded to bfloat16 before it is summed in float32.
 
     Args:
         image_tokens: (B_image, P, E).
@@ -66,6 +76,7 @@ def max_similarity(
             has similarity -inf: it is nobody's best match, has no part in a mean, and gets gradient 0.
         text_mask: (B_text, T), likewise.
         negative_slope: Factor of negative similarities (leaky ReLU), at least 0; 1 leaves them as they are.
+        fused: Whether Triton kernels do the work; None: where they can.
 
     Returns:
         text_to_image: (B_image, B_text), mean over text tokens of the max over image tokens.
@@ -73,7 +84,8 @@ def max_similarity(
         Both are float64 for float64 tokens, else float32.
 
     Raises:
-        ValueError: If shapes do not fit, a mask is not boolean or keeps no token of a row, or the slope is negative.
+        ValueError: If shapes do not fit, a mask is not boolean or keeps no token of a row, the slope is
+            negative, or `fused` asks for what the kernels cannot do.
     """
     if not negative_slope >= 0:
         raise ValueError(f"negative_slope is {negative_slope}, but the maxima need a slope of at least 0.")
@@ -84,7 +96,11 @@ def max_similarity(
             f"image tokens have width {image_tokens.shape[2]}, text tokens {text_tokens.shape[2]}: "
             "project both to one width."
         )
-    return _MaxSimilarity.apply(image_tokens, text_tokens, image_mask, text_mask, negative_slope)
+    refusal = _refuses_kernels(image_tokens, text_tokens)
+    if fused and refusal:
+        raise ValueError(f"fused=True, but {refusal}: leave fused out.")
+    function = _MaxSimilarity if refusal or fused is False else _FusedMaxSimilarity
+    return function.apply(image_tokens, text_tokens, image_mask, text_mask, negative_slope)
 
 
 def laps_scores(
@@ -160,7 +176,9 @@ class _MaxSimilarity(torch.autograd.Function):
         sums = torch.promote_types(dtype, torch.float32)
         if sums == torch.float32 and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        image_values, text_values = image_tokens.to(dtype), text_tokens.to(dtype)
+        image_values, text_values = (tokens.to(dtype) for tokens in (image_tokens, text_tokens))
+        if device.type == "cpu" and dtype.itemsize == 2 and not _multiplies(dtype):
+            image_values, text_values = image_values.float(), text_values.float()
         image_weights = _weights(image_tokens, image_mask, sums)  # (B_image, P)
         text_weights = _weights(text_tokens, text_mask, sums)  # (B_text, T)
 
@@ -175,12 +193,11 @@ class _MaxSimilarity(torch.autograd.Function):
                 similarity.masked_fill_(~image_mask[images, :, None, None], -math.inf)
             if text_mask is not None:
                 similarity.masked_fill_(~text_mask[texts], -math.inf)
-            maxima, best = similarity.max(1)  # (images, texts, T)
+            maxima, best_image[images, texts] = _best(similarity, 1)  # (images, texts, T)
             text_to_image[images, texts] = _mean(maxima, text_weights[texts], negative_slope)
-            best_image[images, texts] = torch.where(maxima > 0, best, ~best)
-            maxima, best = (values.transpose(1, 2) for values in similarity.max(3))  # (images, texts, P)
+            maxima, best = (values.transpose(1, 2) for values in _best(similarity, 3))  # (images, texts, P)
             image_to_text[images, texts] = _mean(maxima, image_weights[images, None], negative_slope)
-            best_text[images, texts] = torch.where(maxima > 0, best, ~best)
+            best_text[images, texts] = best
         ctx.save_for_backward(image_tokens, text_tokens, image_weights, text_weights, best_image, best_text)
         ctx.negative_slope = negative_slope
         return text_to_image, image_to_text
@@ -197,26 +214,34 @@ class _MaxSimilarity(torch.autograd.Function):
         for images, texts in _blocks(image_tokens, text_tokens):
             image_values = image_tokens[images].flatten(0, 1).to(sums)
             text_values = text_tokens[texts].flatten(0, 1).to(sums)
-            # A match is a row of image_values, a row of text_values, and the gradient of their product.
-            image_rows = torch.arange(len(image_values), dtype=torch.int32, device=device).view(-1, 1, P)
-            text_rows = torch.arange(len(text_values), dtype=torch.int32, device=device).view(-1, T)
-            best, grads = _unpack(
+            best_of_texts, of_texts = _unpack(
                 best_image[images, texts],
                 grad_text_to_image[images, texts, None] * text_weights[texts],
                 ctx.negative_slope,
             )  # (images, texts, T)
-            of_texts = image_rows[..., :1] + best, text_rows.expand_as(best), grads
-            best, grads = _unpack(
+            best_of_images, of_images = _unpack(
                 best_text[images, texts],
                 grad_image_to_text[images, texts, None] * image_weights[images, None],
                 ctx.negative_slope,
             )  # (images, texts, P)
-            of_images = image_rows.expand_as(best), text_rows[:, :1] + best, grads
-            image_rows, text_rows, grads = (
-                torch.cat([left.flatten(), right.flatten()]) for left, right in zip(of_texts, of_images, strict=True)
+            # Where two tokens are each other's best match, the text token's match carries both gradients.
+            image_token, text_token = torch.arange(P, device=device), torch.arange(T, device=device)
+            mutual = best_of_images.gather(2, best_of_texts) == text_token
+            of_texts = of_texts + of_images.gather(2, best_of_texts) * mutual
+            of_images = of_images.masked_fill(best_of_texts.gather(2, best_of_images) == image_token, 0)
+            # A match is a row of image_values, a row of text_values, and the gradient of their product.
+            first_image_row = torch.arange(0, len(image_values), P, device=device).view(-1, 1, 1)
+            first_text_row = torch.arange(0, len(text_values), T, device=device).view(-1, 1)
+            grads = torch.cat([of_texts.flatten(), of_images.flatten()])
+            counted = grads.nonzero().squeeze(1).int()  # no pads, and no pairs that a hinge leaves out
+            image_rows, text_rows = (
+                torch.cat([left.flatten(), right.flatten()]).int().index_select(0, counted)
+                for left, right in (
+                    (first_image_row + best_of_texts, (first_image_row + image_token).expand_as(best_of_images)),
+                    ((first_text_row + text_token).expand_as(best_of_texts), first_text_row + best_of_images),
+                )
             )
-            counted = grads.nonzero().squeeze(1)  # no pads, and no pairs that a hinge leaves out
-            image_rows, text_rows, grads = image_rows[counted], text_rows[counted], grads[counted]
+            grads = grads.index_select(0, counted)
             if image_grad is not None:
                 _add_rows(image_grad[images].view(-1, E), image_rows, text_values, text_rows, grads)
             if text_grad is not None:
@@ -226,6 +251,83 @@ class _MaxSimilarity(torch.autograd.Function):
             text_grad if text_grad is None else text_grad.to(text_tokens.dtype),
             *(None, None, None),
         )
+
+
+class _FusedMaxSimilarity(torch.autograd.Function):
+    """`max_similarity` behind its checks, by `token_kernels`: dense products in both passes, reduced on the chip."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image_tokens: Tensor,
+        text_tokens: Tensor,
+        image_mask: Tensor | None,
+        text_mask: Tensor | None,
+        negative_slope: float,
+    ) -> tuple[Tensor, Tensor]:
+        from .token_kernels import best_matches
+
+        (num_images, P, _), (num_texts, T, _) = image_tokens.shape, text_tokens.shape
+        device, dtype = image_tokens.device, torch.promote_types(image_tokens.dtype, text_tokens.dtype)
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        image_values, text_values = (tokens.to(dtype).contiguous() for tokens in (image_tokens, text_tokens))
+        image_weights = _weights(image_tokens, image_mask, torch.float32)  # (B_image, P)
+        text_weights = _weights(text_tokens, text_mask, torch.float32)  # (B_text, T)
+        text_to_image = torch.empty(num_images, num_texts, device=device)
+        image_to_text = torch.empty_like(text_to_image)
+        best_image = torch.empty(num_images, num_texts, T, dtype=torch.int16, device=device)
+        best_text = torch.empty(num_images, num_texts, P, dtype=torch.int16, device=device)
+        step = max(1, KERNEL_BLOCK // (num_texts * (P + T)))
+        for first in range(0, num_images, step):
+            images = slice(first, first + step)
+            mask = None if image_mask is None else image_mask[images]
+            maxima, best_image[images], own_maxima, best_text[images] = best_matches(
+                image_values[images], text_values, mask, text_mask
+            )
+            text_to_image[images] = _mean(maxima, text_weights, negative_slope)
+            image_to_text[images] = _mean(own_maxima, image_weights[images, None], negative_slope)
+        ctx.save_for_backward(
+            image_values, text_values, image_mask, text_mask, image_weights, text_weights, best_image, best_text
+        )
+        ctx.negative_slope, ctx.dtypes = negative_slope, (image_tokens.dtype, text_tokens.dtype)
+        return text_to_image, image_to_text
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_text_to_image: Tensor, grad_image_to_text: Tensor) -> tuple[Tensor | None, ...]:
+        from .token_kernels import token_gradient
+
+        image_values, text_values, image_mask, text_mask, image_weights, text_weights, best_image, best_text = (
+            ctx.saved_tensors
+        )
+        of_texts, of_images = grad_text_to_image.contiguous(), grad_image_to_text.contiguous()
+        grads: list[Tensor | None] = [None, None]
+        if ctx.needs_input_grad[0]:
+            grads[0] = token_gradient(
+                text_values, text_mask, best_text, best_image, image_weights, text_weights, of_images, of_texts,
+                ctx.negative_slope, texts=False,
+            ).to(ctx.dtypes[0])  # fmt: skip
+        if ctx.needs_input_grad[1]:
+            grads[1] = token_gradient(
+                image_values, image_mask, best_image, best_text, text_weights, image_weights, of_texts, of_images,
+                ctx.negative_slope, texts=True,
+            ).to(ctx.dtypes[1])  # fmt: skip
+        return (*grads, None, None, None)
+
+
+def _refuses_kernels(*tokens: Tensor) -> str:
+    """Why the Triton kernels cannot compare tokens, or nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    on_nvidia = torch.version.cuda is not None and all(values.is_cuda for values in tokens)
+    if not on_nvidia and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tokens are not on an NVIDIA GPU"
+    if any(values.dtype == torch.float64 for values in tokens):
+        return "float64 tokens need exact products"
+    if max(values.shape[1] for values in tokens) > torch.iinfo(torch.int16).max:
+        return "there are more tokens than 16 bits count"
+    return ""
 
 
 def _blocks(image_tokens: Tensor, text_tokens: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -240,6 +342,11 @@ def _blocks(image_tokens: Tensor, text_tokens: Tensor) -> Iterator[tuple[slice, 
             yield slice(image, image + some_images), slice(text, text + some_texts)
 
 
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies in a half precision; one that does not takes five times as long as in float32."""
+    return dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def _weights(tokens: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What each token counts in a mean over tokens; (B, N, E) -> (B, N)."""
     kept = torch.ones(tokens.shape[:2], dtype=dtype, device=tokens.device) if mask is None else mask.to(dtype)
@@ -251,6 +358,22 @@ def _mean(maxima: Tensor, weights: Tensor, negative_slope: float) -> Tensor:
     return (maxima.masked_fill(weights == 0, 0) * weights).sum(-1)
 
 
+def _best(similarity: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The maximum over a dimension, and its index i; ~i where the maximum is not positive.
+
+    The largest index of those that reach the maximum, and 0 where a maximum is NaN. A difference to the maximum is 0
+    or negative, so its sign bit alone says which: passes over integers, which take half the time of `Tensor.max`.
+    """
+    integer = _INTEGERS[similarity.element_size()]
+    index = torch.arange(similarity.shape[dim], dtype=integer, device=similarity.device)
+    index = index.view([-1 if other == dim else 1 for other in range(similarity.ndim)])
+    maxima = similarity.amax(dim, keepdim=True)
+    signs = (similarity - maxima).view(integer).bitwise_right_shift_(8 * similarity.element_size() - 1)
+    best = signs.bitwise_or_(index).amax(dim).clamp_(min=0)
+    maxima = maxima.squeeze(dim)
+    return maxima, torch.where(maxima > 0, best, ~best)
+
+
 def _index_dtype(tokens: int) -> torch.dtype:
     """The smallest one that holds an index i of a token, or ~i = -1 - i where the maximum was not positive."""
     return next(dtype for dtype in (torch.int8, torch.int16, torch.int32) if tokens - 1 <= torch.iinfo(dtype).max)
@@ -259,15 +382,25 @@ def _index_dtype(tokens: int) -> torch.dtype:
 def _unpack(best: Tensor, grads: Tensor, negative_slope: float) -> tuple[Tensor, Tensor]:
     """Indices of tokens, and the gradients behind the leaky ReLU at their similarities."""
     negative = best < 0
-    return torch.where(negative, ~best, best).int(), torch.where(negative, negative_slope * grads, grads)
+    return torch.where(negative, ~best, best).long(), torch.where(negative, negative_slope * grads, grads)
 
 
 def _add_rows(target: Tensor, target_rows: Tensor, source: Tensor, source_rows: Tensor, weights: Tensor) -> None:
     """target[target_rows] += weights * source[source_rows], one sum for each row of the target."""
-    target_rows, order = target_rows.sort(stable=True)
-    rows = torch.arange(len(target), dtype=torch.int32, device=target.device)
+    order = _argsort(target_rows, len(target))
+    target_rows, source_rows, weights = (
+        values.index_select(0, order) for values in (target_rows, source_rows, weights)
+    )
+    rows = torch.arange(len(target), dtype=target_rows.dtype, device=target.device)
     starts = torch.searchsorted(target_rows, rows, out_int32=True)
-    target += F.embedding_bag(source_rows[order], source, starts, mode="sum", per_sample_weights=weights[order])
+    target += F.embedding_bag(source_rows, source, starts, mode="sum", per_sample_weights=weights)
+
+
+def _argsort(rows: Tensor, stop: int) -> Tensor:
+    """Stable order of integers in [0, stop); NumPy sorts those of 16 bits by radix, ten times as fast as torch."""
+    if rows.device.type != "cpu" or stop > 2**15:
+        return rows.argsort(stable=True)
+    return torch.from_numpy(rows.to(torch.int16).numpy().argsort(kind="stable"))
 
 
 def _check_tokens(name: str, tokens: Tensor, mask: Tensor | None) -> None:

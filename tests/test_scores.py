@@ -411,6 +411,7 @@ def test_the_benchmark_prints_its_table() -> None:
         "loop over captions",
         "einsum",
         "bare matrix product, forward",
+        "bare matrix product",
         "late_interaction, forward",
         "late_interaction",
     ]
