@@ -12,6 +12,7 @@ from settings import Settings, as_record, as_settings
 from studio import Picture
 
 from finelip_diffusion import __version__
+from finelip_diffusion.files import png_text
 
 MAX_BYTES = 20_000_000  # of a picture that is dropped on the page
 MAX_SETTINGS = 300_000  # characters; two prompts of 20,000 characters, each escaped, are fewer
@@ -41,11 +42,7 @@ def text_chunks(settings: Settings, model: str, size: tuple[int, int]) -> PngInf
         size: Width and height of what the model drew.
     """
     values = as_record(settings) | {"model": model, "width": size[0], "height": size[1], "version": __version__}
-    info = PngInfo()
-    for key in ("prompt", "negative_prompt"):
-        info.add_itxt(key, values[key])
-    info.add_itxt("settings", json.dumps(values, ensure_ascii=False))
-    return info
+    return png_text(prompt=values["prompt"], negative_prompt=values["negative_prompt"], settings=values)
 
 
 def found_in(content: bytes) -> tuple[Found, str | None]:

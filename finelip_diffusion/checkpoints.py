@@ -1,4 +1,4 @@
-"""Checkpoint files: reading them without running anything that they hold, and writing safetensors."""
+"""Checkpoint files, read without running anything that they hold."""
 
 import json
 import pickle
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -98,18 +98,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object: download it again.")
     return content
-
-
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file.
-
-    Raises:
-        OSError: If it cannot be written, on a full disk say; safetensors' own error is none.
-    """
-    try:
-        save_file(dict(tensors), path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}): make room, or choose another place.") from error
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:

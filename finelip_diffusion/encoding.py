@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from .checkpoints import write_safetensors
+from .files import writing
 from .prompts import Reading, Run, Window
 from .text_encoder import TextEncoder, final_layer_norm
 from .weighting import compel_is_missing
@@ -239,17 +240,11 @@ class PromptEmbeds(Mapping[str, Tensor]):
         """Writes a safetensors file, whole or not at all.
 
         Raises:
-            OSError: If it cannot be written.
+            ValueError: If it cannot be written. One sentence.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.part")
         tensors = {name: tensor.contiguous() for name, tensor in self.items()}
-        try:
-            write_safetensors(tensors, partial, {"format": "pt", **self.metadata})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with writing(path) as part:
+            save_file(tensors, part, metadata={"format": "pt", **self.metadata})
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "PromptEmbeds":

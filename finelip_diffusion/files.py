@@ -1,12 +1,15 @@
-"""The one way in which files and folders are written: whole, or not at all."""
+"""The one way in which files and folders are written: whole, or not at all; and how a picture says what it is."""
 
 import errno
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 
 STAGE = ".writing-"
@@ -53,6 +56,18 @@ def writing(path: str | Path) -> Iterator[Path]:
         raise unwritable(path, error) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def png_text(**chunks: Any) -> PngInfo:
+    """How a picture was drawn, as text inside its PNG file: give it to `Image.save(pnginfo=)`.
+
+    Args:
+        **chunks: By name, such as `prompt` and `settings`. What is not text is written as JSON.
+    """
+    info = PngInfo()
+    for name, content in chunks.items():
+        info.add_itxt(name, content if isinstance(content, str) else json.dumps(content, ensure_ascii=False))
+    return info
 
 
 def put(source: Path, path: Path, stage: Path) -> None:

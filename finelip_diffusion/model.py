@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
@@ -19,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .checkpoints import read_checkpoint, write_safetensors
+from .checkpoints import read_checkpoint
 from .files import writing
 from .finelip_layout import finelip_layout, refinement_weights
 from .layouts import HEAD_WIDTH
@@ -466,7 +467,7 @@ class FineLIPModel(PreTrainedModel):
             if path.suffix == ".pt":
                 torch.save(tensors, part)
             else:
-                write_safetensors(tensors, part, {"format": "pt"})
+                save_file(tensors, part, metadata={"format": "pt"})
         return path
 
 

@@ -104,7 +104,8 @@ def test_a_failed_write_leaves_nothing(generate, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)  # the one thing that cannot be built here: a full disk
     status, _, error = generate()
-    assert (status, error.splitlines()[-1]) == (1, "finelip generate: error: [Errno 28] No space left on device")
+    sentence = f"{tmp_path / 'out' / 'image-0.png'} cannot be written (No space left on device): free some space "
+    assert status == 1 and error.splitlines()[-1].startswith(f"finelip generate: error: {sentence}")
     assert list((tmp_path / "out").iterdir()) == []
 
 
