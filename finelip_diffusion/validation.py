@@ -113,9 +113,9 @@ class Curve:
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         self.points = [point for line in lines if (point := json.loads(line))["update"] <= first]
 
-    def add(self, update: int, figures: dict[str, float], counts: Counts) -> None:
-        """Takes the figures of an update, in the place of older ones of it."""
+    def add(self, update: int, figures: dict[str, float], counts: Counts, milliseconds: float) -> None:
+        """Takes the figures of an update and the time that updates took, in the place of older ones of it."""
         self.points = [point for point in self.points if point["update"] != update]
-        self.points.append({"update": update, "figures": figures, "counts": counts})
+        self.points.append({"update": update, "figures": figures, "counts": counts, "milliseconds": milliseconds})
         with writing(self.file) as part:
             part.write_text("".join(json.dumps(point) + "\n" for point in self.points), encoding="utf-8")

@@ -331,7 +331,7 @@ def load_retrieval(name: str, parts: Parts, args: Arguments) -> Retrieval:
         raise ValueError(f"--terms {name} compares images with captions: give a CLIP as --retrieval_model.")
     place = parts.places["text_encoder"]
     refined = {f"refine_{side}": True if side in recipe.refine else None for side in ("image", "text")}
-    model, tokenizer, image_processor = load_clip(source, **refined)
+    model, tokenizer, image_processor = load_clip(source, refinement=recipe.refinement, **refined)
     share_tower(model, place.encoder)
     model.config.clip_config.text_config = place.encoder.config
     tokenizer.model_max_length = place.tokenizer.model_max_length
@@ -514,11 +514,12 @@ class Batches:
         args, recipe = self.args, retrieval.recipe
         dataset = open_dataset(
             args.train_data, seed=args.seed, num_scenes=args.num_scenes, image_root=args.image_root,
-            image_column=args.image_column, caption_column=args.caption_column,
+            image_column=args.image_column, caption_column=args.caption_column, edits=recipe.num_edits > 0,
+            rewrites=recipe.rewrites,
         )  # fmt: skip
         collator = Collator(retrieval.tokenizer, retrieval.image_processor, recipe.captions, recipe.num_sub_captions,
-                            recipe.longest_sub_caption, recipe.prompts,
-                            retrieval.tokenizer.model_max_length)  # fmt: skip
+                            recipe.longest_sub_caption, recipe.prompts, retrieval.tokenizer.model_max_length,
+                            recipe.num_edits, recipe.edit_place)  # fmt: skip
         return iter(make_loader(
             dataset, collator, args.recipe_batch_size, seed=args.seed, rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes, first_step=first, num_workers=args.dataloader_num_workers,
@@ -570,7 +571,8 @@ class Batches:
 # -------------------------------------------------------------------------------------------------------- validation
 
 
-def validate(args: Arguments, parts: Parts, accelerator: Accelerator, update: int, curve: Curve) -> dict[str, float]:
+def validate(args: Arguments, parts: Parts, accelerator: Accelerator, update: int, curve: Curve,
+             milliseconds: float) -> dict[str, float]:  # fmt: skip
     """Draws held-out prompts with the weights as they are, logs the images, and reads them where they are scenes."""
     prompts = prompts_of(args.validation_prompts, args.num_validation_prompts, args.train_data)
     with accelerator.autocast():
@@ -584,7 +586,7 @@ def validate(args: Arguments, parts: Parts, accelerator: Accelerator, update: in
             tracker.log_images({"validation": pictures}, update)
     counts = counts_of(prompts, images, parts.places["text_encoder"].tokenizer)
     figures = recall(counts)
-    curve.add(update, figures, counts)
+    curve.add(update, figures, counts, milliseconds)
     return figures
 
 
@@ -741,7 +743,7 @@ def tune(stage: str, folder: Path, parts: Parts, args: Arguments) -> Tuned | Non
         accelerator.print(f"Going on from {checkpoint}.")
     curve = Curve(folder / "validation.jsonl", first)
 
-    means, started = Means(), time.perf_counter()
+    means, started, spent = Means(), time.perf_counter(), 0.0
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage,
                disable=not accelerator.is_main_process, mininterval=2)  # fmt: skip
     for update in bar:
@@ -762,7 +764,8 @@ def tune(stage: str, folder: Path, parts: Parts, args: Arguments) -> Tuned | Non
 
         done = update + 1
         values = means.take(done, lambda terms: accelerator.reduce(terms, "mean"))
-        speed = (done - first) * images / (time.perf_counter() - started)
+        spent, started = spent + time.perf_counter() - started, time.perf_counter()
+        speed = (done - first) * images / spent
         bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()} | {"images/s": f"{speed:.0f}"}, False)
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
         accelerator.log(values | rates | {"images_per_second": speed, "gradient_norm": float(norm),
@@ -773,15 +776,16 @@ def tune(stage: str, folder: Path, parts: Parts, args: Arguments) -> Tuned | Non
             if args.ema_decay:
                 average.store(trained)
                 average.copy_to(trained)
-            figures = validate(args, parts, accelerator, done, curve)
+            figures = validate(args, parts, accelerator, done, curve, 1e3 * spent / (done - first))
             if args.ema_decay:
                 average.restore(trained)
             accelerator.log({f"validation/{name}": value for name, value in figures.items()}, step=done)
             tqdm.write(f"{done} updates: {figures}")
+            started = time.perf_counter()
     if args.ema_decay:
         average.copy_to(trained)
     if accelerator.is_main_process and args.num_validation_prompts and steps % args.validation_steps:
-        figures = validate(args, parts, accelerator, steps, curve)
+        figures = validate(args, parts, accelerator, steps, curve, 1e3 * spent / max(1, steps - first))
         accelerator.log({f"validation/{name}": value for name, value in figures.items()}, step=steps)
         tqdm.write(f"{steps} updates: {figures}")
     for tracker in accelerator.trackers:

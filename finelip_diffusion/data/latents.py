@@ -95,11 +95,11 @@ class Latents:
         return torch.from_numpy(np.array(list(self.tables.values())[bucket][row], np.float32))
 
 
-def latents_key(vae: AutoencoderKL, **data: Any) -> str:
-    """Names a cache by what its latents depend on: the autoencoder's weights, the data, the buckets."""
+def latents_key(model: Any, **data: Any) -> str:
+    """Names a cache by what it depends on: a model's weights and scale, the data, the buckets."""
     digest = hashlib.blake2b(json.dumps(data, sort_keys=True, default=str).encode(), digest_size=8)
-    digest.update(str(vae.config.scaling_factor).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
+    digest.update(str(getattr(model.config, "scaling_factor", None)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
