@@ -1,7 +1,6 @@
-"""The command line: `finelip generate`, `finelip describe`, `finelip convert`, `finelip merge`."""
+"""The command line: `finelip generate`, `describe`, `convert`, `merge`, `score`."""
 
 import argparse
-import json
 import logging
 import math
 import sys
@@ -190,6 +189,80 @@ def merge(args: argparse.Namespace) -> None:
     )
 
 
+def score(args: argparse.Namespace) -> None:
+    """Scores folders of pictures, whatever drew them.
+
+    Args:
+        args: The flags of `finelip score`.
+
+    Raises:
+        ValueError: If a folder holds no pictures, prompts are missing, or a judge cannot be loaded.
+        OSError: If the report cannot be written.
+    """
+    if args.reference is None and args.features:
+        raise ValueError("--features are for distances: give --reference, a folder of pictures to compare with.")
+    with tempfile.TemporaryDirectory(prefix="finelip-score-") as stage:
+        _score(args, args.out or Path(stage))
+
+
+def _score(args: argparse.Namespace, out: Path) -> None:
+    import torch
+    from tqdm.auto import tqdm
+
+    from .evaluation.adherence import load_judge
+    from .evaluation.features import load_extractor
+    from .evaluation.images import located, named
+    from .evaluation.preferences import load_preference
+    from .evaluation.report import markdown, write_report
+    from .evaluation.scoring import gather, score_folders
+    from .evaluation.vision import load_vision_judge
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    names = [folder.resolve().name for folder in args.images]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in args.images]
+    folders = dict(zip(names, args.images, strict=True))
+    pictures = gather(folders, args.prompts, args.images_per_prompt, args.dpg_quirks, out / "cut")
+    told = any(prompt.text for prompt in pictures.prompts["long"])
+    if not told and args.reference is None:
+        raise ValueError("the pictures bring no prompts: give --prompts, or --reference to compare them with.")
+    if not told and (args.judges or args.vqa or args.preferences):
+        raise ValueError("the pictures bring no prompts to judge them by: give --prompts.")
+    clips = list(args.judges)
+    if told and not (clips or args.vqa or args.preferences):
+        clips = ["clip=openai/clip-vit-large-patch14"]
+    features = args.features or (["effnet_fd"] if args.reference is not None else [])
+    eyes: dict[str, Any] = {}
+    for item in features:
+        name, equals, weights = item.partition("=")
+        eyes[name] = load_extractor(name, weights=located(weights) if equals else None, device=device)
+    for name, source in map(named, clips):
+        eyes[name] = load_judge(name, source, device)
+    judges: dict[str, Any] = {}
+    for name, source in map(named, args.vqa):
+        source, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
+        name = name.partition("@")[0]
+        judges[name] = load_vision_judge(name, source, device, revision=revision or None)
+    for item in args.preferences:
+        name, equals, source = item.partition("=")
+        judges[name] = load_preference(f"{name}={located(source)}" if equals else name, device)
+    if len(eyes) + len(judges) < len(features) + len(clips) + len(args.vqa) + len(args.preferences):
+        raise ValueError("two judges or features have one name: call one of them NAME=SOURCE.")
+    report = score_folders(
+        pictures, folders, args.reference, eyes, judges, out / "answers",
+        resamples=args.num_resamples, quirks=args.dpg_quirks,
+        progress=lambda items, name: tqdm(items, name, disable=None, mininterval=2),
+    )  # fmt: skip
+    report |= {
+        "title": f"Scores of {', '.join(names)}",
+        "command": " ".join(["finelip", *sys.argv[1:]]),
+        "versions": {"finelip-diffusion": __version__, "torch": torch.__version__},
+    }
+    if args.out is not None:
+        write_report(report, args.out)
+    print(markdown(report))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="finelip", description="Long prompts for Stable Diffusion.")
     parser.add_argument("--version", action="version", version=f"finelip {__version__}")
@@ -269,6 +342,40 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=DTYPES, help="type of the new encoder's weights (default: its own)")
     command.add_argument("--overwrite", action="store_true", help="replace what exists already")
     command.set_defaults(run=merge)
+
+    command = commands.add_parser("score", help="score folders of pictures, whatever drew them")
+    command.add_argument(
+        "images",
+        metavar="IMAGES",
+        type=Path,
+        nargs="+",
+        help="folders of pictures; the first is what others are compared to",
+    )
+    command.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a .txt (a prompt a line), .json, .jsonl or .csv; or dpg:, dsg:, tiif:, detailmaster:, longbench:, "
+        "geneval2: or compbench: and the folder of that set (default: what the pictures bring)",
+    )
+    command.add_argument("--reference", metavar="IMAGES", type=Path, help="a folder of pictures to compare with")
+    command.add_argument("--features", metavar="NAME", nargs="+", default=[], help="of distances (default: effnet_fd)")
+    command.add_argument(
+        "--judges", metavar="CLIP", nargs="+", default=[], help="CLIPs (default: openai/clip-vit-large-patch14)"
+    )
+    command.add_argument(
+        "--vqa", metavar="MODEL", nargs="+", default=[], help="vision-language models of transformers"
+    )
+    command.add_argument(
+        "--preferences", metavar="NAME", nargs="+", default=[], help="hps_v2, pick_score, image_reward"
+    )
+    command.add_argument(
+        "--images-per-prompt", type=_integer(1), default=1, help="of a set (default: 1; DPG-Bench: 4)"
+    )
+    command.add_argument("--dpg-quirks", action="store_true", help="count DPG-Bench as its own script does")
+    command.add_argument("--num-resamples", type=_integer(2), default=100, help="of distances (default: 100)")
+    command.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+    command.add_argument("--out", metavar="DIR", type=Path, help="gets report.html, report.md and report.json")
+    command.set_defaults(run=score)
     return parser
 
 
@@ -397,15 +504,11 @@ def _size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
 
 def _write_image(image: Any, path: Path, metadata: dict[str, Any]) -> None:
     """Writes a PNG with its settings as text, whole or not at all."""
-    from PIL.PngImagePlugin import PngInfo
+    from .files import png_text, writing
 
-    info = PngInfo()
-    for key in ("prompt", "negative_prompt"):
-        info.add_itxt(key, metadata[key])
-    info.add_itxt("settings", json.dumps(metadata, ensure_ascii=False))
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as stage:
-        image.save(Path(stage, path.name), pnginfo=info)
-        Path(stage, path.name).replace(path)
+    prompts = {key: metadata[key] for key in ("prompt", "negative_prompt")}
+    with writing(path) as part:
+        image.save(part, pnginfo=png_text(**prompts, settings=metadata))
 
 
 if __name__ == "__main__":

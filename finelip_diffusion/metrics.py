@@ -186,6 +186,7 @@ def frechet_intervals(
     baseline: str | None = None,
     num_resamples: int = 100,
     seed: int = 0,
+    paired: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Frechet distances of several conditions to one set of references, and how sure they and their differences are.
 
@@ -201,6 +202,8 @@ def frechet_intervals(
         baseline: name of the condition that the others are compared with.
         num_resamples: how often prompts are drawn.
         seed: any integer.
+        paired: whether row i of the references belongs to prompt i, too; otherwise they may be more or fewer, and are
+            drawn by themselves.
 
     Returns:
         `value`, `low`, `high` and `n` of each condition, and as `difference` the same of its value less the
@@ -214,27 +217,34 @@ def frechet_intervals(
         raise ValueError(f"there is no condition {baseline!r} to compare with: choose among {', '.join(features)}.")
     if num_resamples < 2:
         raise ValueError(f"num_resamples is {num_resamples}: a standard deviation needs at least 2.")
-    n = len(references)
-    if n < 2:
-        raise ValueError(f"the references have {n} rows: give at least 2.")
+    shape = tuple(references.shape) if paired else (len(next(iter(features.values()))), references.shape[1])
+    n = shape[0]
+    if min(n, len(references)) < 2:
+        raise ValueError(f"the references have {len(references)} rows: give at least 2.")
     for name, rows in features.items():
-        if rows.shape != references.shape:
+        if rows.shape != shape:
             raise ValueError(
                 f"the features of {name} are {tuple(rows.shape)}, those of the references {tuple(references.shape)}: "
                 "give one row for each prompt in both."
             )
 
-    def distances(weights: np.ndarray) -> list[float]:
-        mean, covariance = _weighted_statistics(references, weights)
+    def distances(weights: np.ndarray, others: np.ndarray) -> list[float]:
+        mean, covariance = _weighted_statistics(references, others)
         root = _root(covariance)
         return [
             _squared_distance(mean, covariance, root, *_weighted_statistics(rows, weights))
             for rows in features.values()
         ]
 
-    values = dict(zip(features, distances(np.ones(n)), strict=True))
+    values = dict(zip(features, distances(np.ones(n), np.ones(len(references))), strict=True))
     rng = np.random.default_rng(seed)
-    drawn = np.array([distances(rng.multinomial(n, np.full(n, 1 / n))) for _ in range(num_resamples)])
+
+    def draw() -> tuple[np.ndarray, np.ndarray]:
+        weights = rng.multinomial(n, np.full(n, 1 / n))
+        m = len(references)
+        return weights, weights if paired else rng.multinomial(m, np.full(m, 1 / m))
+
+    drawn = np.array([distances(*draw()) for _ in range(num_resamples)])
     resampled = dict(zip(features, drawn.T, strict=True))
     figures: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
@@ -341,6 +351,7 @@ def cmmd_intervals(
     baseline: str | None = None,
     num_resamples: int = 100,
     seed: int = 0,
+    paired: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """CMMD of several conditions to one set of references, and how sure it and their differences are.
 
@@ -348,16 +359,19 @@ def cmmd_intervals(
     as it was drawn, so every kernel is computed once.
     """
     rng = np.random.default_rng(seed)
-    n = len(references)
+    n, m = len(references) if paired else len(next(iter(features.values()))), len(references)
     counts = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), num_resamples)]) / n  # (1 + R, N), sums 1
+    others = counts
+    if not paired:
+        others = np.vstack([np.ones(m), rng.multinomial(m, np.full(m, 1 / m), num_resamples)]) / m  # (1 + R, M)
     y = _of_length_1(_rows(references))
-    own = _mean_kernels(y, y, counts)
+    own = _mean_kernels(y, y, others, others)
     resampled = {}
     for name, rows in features.items():
         x = _of_length_1(_pair(rows, references)[0])
         if len(x) != n:
             raise ValueError(f"{name} has {len(x)} rows, the references {n}: give one row for each prompt in both.")
-        pairs = _mean_kernels(x, x, counts) + own - 2 * _mean_kernels(x, y, counts)
+        pairs = _mean_kernels(x, x, counts, counts) + own - 2 * _mean_kernels(x, y, counts, others)
         resampled[name] = CMMD_SCALE * pairs
     figures: dict[str, dict[str, Any]] = {}
     for name, drawn in resampled.items():
@@ -368,13 +382,13 @@ def cmmd_intervals(
     return figures
 
 
-def _mean_kernels(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean kernels of x (N, D) with y (N, D), rows of both weighted by each of `weights` (R, N): (R,)."""
+def _mean_kernels(x: np.ndarray, y: np.ndarray, weights: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Mean kernels of x (N, D) with y (M, D), rows weighted by each of `weights` (R, N) and `others` (R, M): (R,)."""
     sums = np.zeros(len(weights))
     for first in range(0, len(x), BLOCK):
         rows = slice(first, first + BLOCK)
         kernel = np.exp((x[rows] @ y.T - 1) / CMMD_SIGMA**2)  # |x - y|^2 = 2 - 2 x.y
-        sums += ((weights[:, rows] @ kernel) * weights).sum(1)
+        sums += ((weights[:, rows] @ kernel) * others).sum(1)
     return sums
 
 

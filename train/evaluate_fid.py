@@ -3,6 +3,8 @@
     python train/evaluate_fid.py --config train/configs/scenes.yaml --num_prompts 100 --output_dir runs/t2i
     accelerate launch train/evaluate_fid.py --config train/configs/sd15.yaml --data data/docci \\
         --encoders truncate chunk untrained runs/finelip-l14 --output_dir runs/sd15
+    python train/evaluate_fid.py --config train/configs/sd15.yaml --data dpg:ELLA/dpg_bench --images_per_prompt 4 \\
+        --vqa Qwen/Qwen3-VL-8B-Instruct --output_dir runs/dpg
 
 Every condition draws a prompt from the same noise, whatever the batch size and the number of processes. Images are
 kept with their prompt, seed and settings inside; started again, the script draws what is missing.
@@ -41,7 +43,7 @@ from finelip_diffusion.evaluation.adherence import (
     prediction_drift,
     sentences_of,
 )
-from finelip_diffusion.evaluation.comparison import Eye, compare, reference_file
+from finelip_diffusion.evaluation.comparison import Eye, Panel, compare, firsts, reference_file
 from finelip_diffusion.evaluation.features import load_extractor
 from finelip_diffusion.evaluation.images import (
     BASELINE,
@@ -62,8 +64,21 @@ from finelip_diffusion.evaluation.images import (
     read_conditions,
     save_image,
 )
+from finelip_diffusion.evaluation.judging import Asked, Kept, Sheet, Values, ask, sheet_of
+from finelip_diffusion.evaluation.preferences import PREFERENCES, load_preference
+from finelip_diffusion.evaluation.promptsets import (
+    GRID,
+    PROMPT_SETS,
+    Item,
+    read_dpg,
+    read_set,
+    split_source,
+    write_pictures,
+)
+from finelip_diffusion.evaluation.questions import scene_questions
 from finelip_diffusion.evaluation.references import REFERENCES, Autoencoder, load_autoencoder, with_wrong_facts
-from finelip_diffusion.evaluation.report import write_report
+from finelip_diffusion.evaluation.report import SHOWN_AS_PIXELS, write_report
+from finelip_diffusion.evaluation.vision import VisionJudge, load_vision_judge
 from finelip_diffusion.files import writing
 from finelip_diffusion.metrics import state_drift
 from finelip_diffusion.runs import check_launch
@@ -94,7 +109,10 @@ class Arguments(Settings):
     )
     data: str = field(
         default="scenes",
-        metadata={"help": "Prompts and reference images: scenes[:WORDING], or any dataset."},
+        metadata={
+            "help": "Prompts and reference images: scenes[:WORDING], or any dataset; or prompts alone, as published: "
+            f"{', '.join(f'{name}:FOLDER' for name in PROMPT_SETS)}."
+        },
     )
     split: str = field(default="test", metadata={"help": "Of data that has splits."})
     image_root: Path | None = field(default=None, metadata={"help": "Where a list's images are, if not beside it."})
@@ -115,6 +133,27 @@ class Arguments(Settings):
     judges: list[str] = field(
         default_factory=list, metadata={"help": "[NAME=]SOURCE of CLIPs that score images, of any length."}
     )
+    vqa: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "[NAME=]SOURCE[@REVISION] of vision-language models of transformers that are asked about the "
+            "images: the questions of the prompts, and whether they show them."
+        },
+    )
+    vqa_batch_size: int = field(default=8, metadata={"help": "Questions at once; changes nothing but time."})
+    preferences: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"NAME[=WEIGHTS] of what people prefer: {', '.join(PREFERENCES)}."},
+    )
+    images_per_prompt: int = field(
+        default=1, metadata={"help": "Of a set of prompts; DPG-Bench has 4, which go into one file two by two."}
+    )
+    official_layout: bool = field(
+        default=True, metadata={"help": "Whether images of a set of prompts are laid where its own script looks, too."}
+    )
+    dpg_quirks: bool = field(
+        default=False, metadata={"help": "DPG-Bench: count as its own script does, with its oversights."}
+    )
     reference: list[str] = field(
         default_factory=lambda: list(REFERENCES),
         metadata={
@@ -134,11 +173,28 @@ class Arguments(Settings):
 
     def __post_init__(self) -> None:
         least = {"num_prompts": 2, "num_short": 0, "num_changed": 0, "num_drift": 0, "num_inference_steps": 1,
-                 "batch_size": 1, "kid_subset_size": 2, "num_resamples": 2, "num_examples": 0, "seed": 0}  # fmt: skip
+                 "batch_size": 1, "kid_subset_size": 2, "num_resamples": 2, "num_examples": 0, "seed": 0,
+                 "images_per_prompt": 1, "vqa_batch_size": 1}  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"--{name} is {getattr(self, name)}, but must be at least {bound}.")
-        if not self.reference or set(self.reference) - set(REFERENCES):
+        if self.prompt_set is not None:
+            self.features, self.reference = [], []  # there is nothing to compare with
+        if self.images_per_prompt > 1 and (self.prompt_set is None or self.noise == "in_order"):
+            raise ValueError(
+                "--images_per_prompt is for --data NAME:FOLDER of a set of prompts, with --noise per_prompt."
+            )
+        if (
+            self.images_per_prompt not in (1, GRID)
+            and self.prompt_set is not None
+            and PROMPT_SETS[self.prompt_set[0]].grid
+        ):
+            raise ValueError(
+                f"--images_per_prompt is {self.images_per_prompt}: give 1, or {GRID} for a grid two by two."
+            )
+        if self.dpg_quirks and (self.prompt_set is None or self.prompt_set[0] != "dpg"):
+            raise ValueError("--dpg_quirks is for --data dpg:FOLDER alone.")
+        if (not self.reference and self.prompt_set is None) or set(self.reference) - set(REFERENCES):
             raise ValueError(f"--reference is {' '.join(self.reference)}: give {' or '.join(REFERENCES)}, or both.")
         if self.ladder and (self.data != "scenes" or not 1 <= min(self.ladder) <= max(self.ladder) <= MANY[0]):
             raise ValueError(f"--ladder is of scenes, and of 1 to {MANY[0]} wrong facts.")
@@ -148,6 +204,11 @@ class Arguments(Settings):
             raise ValueError(f"--data {self.data} has no near-duplicates told alike: set --num_changed 0.")
         if self.noise == "in_order" and self.num_changed:
             raise ValueError("--noise in_order has no second image from the same noise: set --num_changed 0.")
+
+    @property
+    def prompt_set(self) -> tuple[str, str] | None:
+        """Name and folder of a set of prompts; None for other data."""
+        return split_source(self.data)
 
     @property
     def wording(self) -> str:
@@ -218,7 +279,25 @@ def scene_prompt(kind: str, index: int, args: Arguments) -> Prompt:
     """A prompt of scenes."""
     seed = args.seed + index
     scene = sample_scene(seed, args.split, MANY if kind == "long" else FEW)
-    return Prompt(kind, index, describe(scene, seed, **telling(args.wording)), f"scenes:{args.split}:{seed}", scene)
+    caption = describe(scene, seed, **telling(args.wording))
+    return Prompt(kind, index, caption, f"scenes:{args.split}:{seed}", scene, questions=scene_questions(caption))
+
+
+def set_items(args: Arguments) -> list[Item]:
+    """The prompts of a set."""
+    assert args.prompt_set is not None
+    name, source = args.prompt_set
+    return read_dpg(Path(source), quirks=True) if args.dpg_quirks else read_set(name, source)
+
+
+def set_prompts(items: Sequence[Item], kind: str, args: Arguments) -> list[Prompt]:
+    """Prompts of a set, the images of one side by side."""
+    return [
+        Prompt(kind, index, item.text if kind == "long" else item.short, item.name, questions=item.questions,
+               category=item.category, copy=copy)
+        for index, item in enumerate(items[: args.num_prompts])
+        for copy in range(args.images_per_prompt)
+    ]  # fmt: skip
 
 
 def variants(
@@ -263,7 +342,7 @@ def read_references(args: Arguments, eyes: dict[str, Eye], autoencoder: Autoenco
                 image.thumbnail((THUMBNAIL, THUMBNAIL))
                 page = args.output_dir / reference_file(len(saved["prompts"]))
                 page.parent.mkdir(parents=True, exist_ok=True)
-                image.save(page, lossless=max(image.size) <= 128)
+                image.save(page, lossless=max(image.size) <= SHOWN_AS_PIXELS)
                 saved["prompts"].append([text, name])
         if len(saved["prompts"]) < 2:
             raise ValueError(
@@ -289,23 +368,28 @@ def reference_caches(args: Arguments, eyes: dict[str, Eye]) -> dict[tuple[str, s
     }
 
 
-def further_prompts(long: Sequence[Prompt], args: Arguments, tokenizer: Any) -> dict[str, list[Prompt]]:
-    """Short prompts of the same world, or the first sentences of the long ones; and long ones with a change."""
-    if args.wording:
+def further_prompts(
+    long: Sequence[Prompt], args: Arguments, tokenizer: Any, items: Sequence[Item] = ()
+) -> dict[str, list[Prompt]]:
+    """Short prompts of the set or the world, or the first sentences of the long ones; and long ones with a change."""
+    once = firsts(long)
+    if any(item.short for item in items):
+        short = set_prompts(items, "short", args) if args.num_short else []
+    elif args.wording:
         few = (scene_prompt("short", index, args) for index in range(args.num_short))
         short = [prompt for prompt in few if stock_border(prompt.text, tokenizer) is None]
     else:
-        firsts = ((prompt.text, sentences_of(prompt.text, tokenizer)[0]) for prompt in long)
-        fitting = (text[: part.end] for text, part in firsts if part.token <= STOCK_CONTENT_TOKENS)
+        begun = ((prompt.text, sentences_of(prompt.text, tokenizer)[0]) for prompt in once)
+        fitting = (text[: part.end] for text, part in begun if part.token <= STOCK_CONTENT_TOKENS)
         short = [Prompt("short", index, text) for index, text in enumerate(islice(fitting, args.num_short))]
     changed: list[Prompt] = []
-    for index, prompt in enumerate(long):
+    for index, prompt in enumerate(once):
         if len(changed) == args.num_changed:
             break
         if prompt.scene is not None:
             change = change_scene(prompt.scene, args.seed + index, tokenizer)
         else:
-            change = change_ending(prompt.text, long[(index + 1) % len(long)].text, tokenizer)
+            change = change_ending(prompt.text, once[(index + 1) % len(once)].text, tokenizer)
         if change is not None:
             changed.append(Prompt("changed", index, change.prompt, prompt.name, change=change))
     return {"long": list(long), "short": short, "changed": changed}
@@ -341,9 +425,10 @@ def draw_all(
         for batch in batches(pipe, missing, condition.long_prompt, args.batch_size):
             images = draw(pipe, refiner, batch, condition.long_prompt, args, noise)
             for each, image in zip(batch, images, strict=True):
-                save_image(image, root / each.file(condition), each, args.seed + each.index, settings)
+                save_image(image, root / each.file(condition), each, args.seed + each.noise, settings)
             bar.update(len(batch))
-        short = [str(prompt.text) for prompt in prompts["short"][: args.num_drift]]
+        fitting = [each.text for each in firsts(prompts["short"]) if stock_border(each.text, pipe.tokenizer) is None]
+        short = [str(text) for text in fitting[: args.num_drift]]
         if main and short and condition.encoder != BASELINE:
             file = root / "drift" / f"{condition.name}.json"
             saved: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"of": None}
@@ -406,6 +491,60 @@ def look_at_all(
     return seen
 
 
+def ask_all(
+    conditions: Sequence[Condition],
+    prompts: dict[str, list[Prompt]],
+    sheets: dict[str, list[Sheet]],
+    judges: dict[str, Asked],
+    args: Arguments,
+    accelerator: Accelerator,
+) -> dict[tuple[str, str, str], list[Values]]:
+    """What every judge says of every image, by judge, condition and kind; each process asks about its share.
+
+    A vision-language model is large: it is on the device only while it is asked.
+    """
+    main, root = accelerator.is_main_process, args.output_dir
+    kept, said = Kept(root / "answers", accelerator.process_index), {}
+    kinds = [kind for kind in ("long", "short") if prompts[kind]]
+    number = sum(len(prompts[kind]) for kind in kinds) * len(conditions) * len(judges)
+    bar = tqdm(total=number, desc="asking", unit="image", disable=not main, mininterval=2)
+    for name, judge in judges.items():
+        if isinstance(judge, VisionJudge):
+            judge.model.to(accelerator.device)
+        for condition in conditions:
+            bar.set_postfix_str(f"{name}, {condition.name}")
+            for kind in kinds:
+                found: list[tuple[int, Values]] = []
+                places = {prompt.index: place for place, prompt in enumerate(firsts(prompts[kind]))}
+                for index in range(accelerator.process_index, len(prompts[kind]), accelerator.num_processes):
+                    prompt = prompts[kind][index]
+                    with Image.open(root / prompt.file(condition)) as image:
+                        sheet = sheets[kind][places[prompt.index]]
+                        found.append((index, ask(judge, image.convert("RGB"), sheet, kept)))
+                    bar.update(accelerator.num_processes)
+                said[name, condition.name, kind] = [
+                    values for _, values in sorted(gather_object(found), key=lambda pair: pair[0])
+                ]
+        if isinstance(judge, VisionJudge):
+            judge.model.to("cpu")
+    bar.close()
+    return said
+
+
+def lay_out(
+    conditions: Sequence[Condition], prompts: dict[str, list[Prompt]], items: Sequence[Item], args: Arguments
+) -> None:
+    """Images of a set of prompts where its own script looks for them, under `official/`."""
+    assert args.prompt_set is not None
+    for condition in conditions:
+        files: dict[tuple[str, int], list[Path]] = {}
+        for kind in ("long", "short") if items[0].short else ("long",):
+            for prompt in prompts[kind]:
+                files.setdefault((kind, prompt.index), []).append(args.output_dir / prompt.file(condition))
+        pictures = [(items[index], kind, some) for (kind, index), some in files.items()]
+        write_pictures(args.prompt_set[0], pictures, condition.name.replace("/", "-"), args.output_dir / "official")
+
+
 def save_rows(rows: np.ndarray, file: Path) -> None:
     """Whole or not at all."""
     with writing(file) as part, part.open("wb") as stream:
@@ -429,7 +568,7 @@ def check_sources(args: Arguments) -> None:
     """
     file = args.output_dir / "sources.json"
     own = {"data": args.data, "split": args.split, "seed": str(args.seed)}
-    for kind in ("encoders", "unets", "features", "judges"):
+    for kind in ("encoders", "unets", "features", "judges", "vqa", "preferences"):
         own |= {f"{kind} {item.partition('=')[0]}": item for item in getattr(args, kind)}
     before = json.loads(file.read_text()) if file.exists() else {}
     for key in own.keys() & before.keys():
@@ -454,33 +593,74 @@ def load_eyes(args: Arguments, device: Any) -> dict[str, Eye]:
     return eyes
 
 
+def load_judges(args: Arguments, device: Any) -> dict[str, Asked]:
+    """What is asked about every image: vision-language models, and what people prefer."""
+    judges: dict[str, Asked] = {}
+    for item in args.vqa:
+        name, source = named(item)
+        source, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
+        judges[name] = load_vision_judge(
+            name.partition("@")[0], source, dtype="auto", revision=revision or None, batch_size=args.vqa_batch_size
+        )
+    for item in args.preferences:
+        name, equals, source = item.partition("=")
+        judges[name] = load_preference(f"{name}={located(source)}" if equals else name, device)
+    if len(judges) < len(args.vqa) + len(args.preferences):
+        raise ValueError("two of --vqa and --preferences have one name: call one of them NAME=SOURCE.")
+    return judges
+
+
 def main(args: Arguments) -> None:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # or accelerate 1.15 takes each of torchrun's for one that is alone
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     conditions = read_conditions(args.model, args.encoders, args.unets)
-    eyes = load_eyes(args, accelerator.device)
-    autoencoder = load_autoencoder(args, accelerator.device)
+    eyes, judges = load_eyes(args, accelerator.device), load_judges(args, accelerator.device)
     tokenizer = CLIPTokenizer.from_pretrained(located(args.model), subfolder="tokenizer")
+    items: list[Item] = []
     if accelerator.is_main_process:
         check_sources(args)
-        read_references(args, eyes, autoencoder)
-    accelerator.wait_for_everyone()
-    prompts = further_prompts(read_references(args, eyes, autoencoder), args, tokenizer)
+    if args.prompt_set is not None:
+        items = set_items(args)
+        long = set_prompts(items, "long", args)
+    else:
+        autoencoder = load_autoencoder(args, accelerator.device)
+        if accelerator.is_main_process:
+            read_references(args, eyes, autoencoder)
+        accelerator.wait_for_everyone()
+        long = read_references(args, eyes, autoencoder)
+    prompts = further_prompts(long, args, tokenizer, items)
     drifts = draw_all(conditions, prompts, args, accelerator)
     accelerator.wait_for_everyone()
     seen = look_at_all(conditions, prompts, eyes, args, accelerator)
+    panel = None
+    if judges:
+        sheets = {
+            kind: [sheet_of(str(prompt.text), prompt.questions, tokenizer) for prompt in firsts(prompts[kind])]
+            for kind in ("long", "short")
+        }
+        said = ask_all(conditions, prompts, sheets, judges, args, accelerator)
+        own = PROMPT_SETS.get(args.prompt_set[0]) if args.prompt_set else None
+        panel = Panel(
+            judges, said, sheets, own is not None and own.cascade, own.groups if own else None, args.dpg_quirks
+        )
     if accelerator.is_main_process:
+        if items and args.official_layout:
+            lay_out(conditions, prompts, items, args)
         tqdm.write("figures")
         report = compare(
             conditions, prompts, eyes, seen, args.output_dir, tokenizer, drifts,
-            references=args.reference, subset_size=args.kid_subset_size, resamples=args.num_resamples,
+            panel=panel, references=args.reference, subset_size=args.kid_subset_size, resamples=args.num_resamples,
             num_examples=args.num_examples,
         )  # fmt: skip
         n = report["prompts"]["n"]
         report["prompts"] |= {"source": args.data, "seeds": [args.seed, args.seed + n - 1]}
-        if n < args.num_prompts:
+        if n < len(items):
+            report["warnings"] += [f"The set has {len(items):,} prompts; the first {n:,} were measured."]
+        if args.dpg_quirks:
+            report["warnings"] += ["Counted as the script of DPG-Bench counts, with its oversights (--dpg_quirks)."]
+        if n < args.num_prompts and not items:
             report["warnings"] += [f"{args.num_prompts} prompts were asked for; {n} have an image that can be used."]
         report |= {
             "title": f"Long prompts on {Path(args.data).name}",

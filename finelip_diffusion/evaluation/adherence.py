@@ -22,6 +22,7 @@ from ..prompts import sentence_bounds
 from ..scenes import CELL_SIZE, Caption, Scene, alterations, as_record, describe, findings, read, stock_border
 from .intervals import bootstrap_interval
 
+DEBIASED = 0.3  # share of what all texts have in common that LongAlign keeps
 TOKEN_EDGES = (0, 40, 76, 110, 150, 190, 249, 350, 500)
 """Where the parts of a prompt begin, counted in tokens; the start token is 0, a stock encoder reads up to 75."""
 
@@ -245,6 +246,35 @@ def listening(image_embeds: Tensor, sentences: Sentences) -> list[list[tuple[int
     ):
         points[row].append((token, value))
     return points
+
+
+def dense_scores(
+    image_embeds: Tensor, sentences: Sentences, kept: float = 1.0
+) -> tuple[list[float], list[list[tuple[int, float]]]]:
+    """DenScore of LongAlign (arXiv 2410.11817; its `loss.py`): the mean of a prompt's sentence embeddings, times its
+    image's, times 100.
+
+    The mean is not brought to length 1. Debiased, what texts have in common is kept to a share of 0.3: with v the mean
+    over all prompts, of length 1, t - (1 - 0.3) (t . v) v takes the place of t.
+
+    Args:
+        image_embeds: (N, E), one image for each prompt, by the judge of the sentences.
+        sentences: of N prompts.
+        kept: share of v that is kept; 1 is the original score.
+
+    Returns:
+        The score of each prompt, and by prompt (token, score) of each sentence, of which it is the mean.
+    """
+    rows, embeds = sentences.prompts, sentences.embeds.double()
+    counts = torch.bincount(rows, minlength=sentences.number).clamp(min=1)[:, None]
+    means = torch.zeros(sentences.number, embeds.shape[1], dtype=torch.float64).index_add_(0, rows, embeds) / counts
+    common = F.normalize(means.mean(0), dim=0)
+    embeds = embeds - (1 - kept) * (embeds @ common)[:, None] * common
+    scores = 100 * (embeds * F.normalize(image_embeds.double(), dim=-1)[rows]).sum(-1)
+    points: list[list[tuple[int, float]]] = [[] for _ in range(sentences.number)]
+    for row, token, score in zip(rows.tolist(), sentences.tokens.tolist(), scores.tolist(), strict=True):
+        points[row].append((token, score))
+    return [sum(score for _, score in own) / max(len(own), 1) for own in points], points
 
 
 # ---------------------------------------------------------------------------------------------------- scenes, as read

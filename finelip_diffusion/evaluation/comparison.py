@@ -3,7 +3,7 @@
 Every figure comes with its interval, and with its paired difference from the baseline under the same UNet.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,25 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..metrics import cmmd_intervals, frechet_intervals, kernel_distance, small_sample
-from ..scenes import STOCK_CONTENT_TOKENS, Caption, stock_border
+from ..scenes import STOCK_CONTENT_TOKENS, Caption, Scene, read, stock_border
 from .adherence import (
+    DEBIASED,
     Figure,
     Judge,
     Sentences,
     change_in_image,
     clip_scores,
     curve,
+    dense_scores,
     embed_sentences,
     figure,
     listening,
     reading,
 )
 from .features import Extractor
-from .images import BASELINE, Condition, Prompt
+from .images import BASELINE, Condition, Prompt, fingerprint_of
+from .judging import Asked, Sheet, Values, Verdicts, by_category, verdicts
+from .questions import group_mean, scene_answers
 
 Eye = Extractor | Judge
 """What turns images into vectors: features for a distance, or a CLIP's embeddings for scores."""
@@ -40,8 +44,12 @@ Prompts = Mapping[str, Sequence[Prompt]]
 Seen = Mapping[tuple[str, str, str], np.ndarray]
 """By eye, condition (or `reference`) and kind of prompt: vectors of the images, (N, D)."""
 
-LONG, LIKENESS, RECONSTRUCTED, SHORT, CHANGED = (
+Said = Mapping[tuple[str, str, str], Sequence[Values]]
+"""By judge, condition and kind of prompt: what the judge says of each image."""
+
+LONG, JUDGES, LIKENESS, RECONSTRUCTED, SHORT, CHANGED = (
     "Long prompts",
+    "How far the judge can be trusted",
     "Likeness to the reference images",
     "Likeness to the references as the autoencoder draws them",
     "Short prompts",
@@ -54,20 +62,43 @@ FLOORS = {
 RECONSTRUCTION = "reconstructed"
 """Ends the key of a distance to the reconstructed references."""
 _SENTENCE = "CLIPScore of each sentence with its own image less that with another prompt's"
+_QUESTIONS = "share of the set's questions answered right; what hangs on a failed one fails, too"
 _FIGURES = {  # in the order of the page: label, group, better, digits, note
+    "vqa_behind": ("questions after token 77", LONG, "higher", 3, _QUESTIONS),
+    "vqa_before": ("questions before token 77", LONG, "higher", 3, _QUESTIONS),
+    "vqa": ("questions", LONG, "higher", 3, f"{_QUESTIONS}; mean over images"),
+    "tiif": ("TIIF-Bench", LONG, "higher", 3, "questions answered right; mean over nine groups of types of prompts"),
+    "soft": ("Soft-TIFA AM", LONG, "higher", 3, "mean probability of the right answers of an image"),
+    "soft_gm": ("Soft-TIFA GM", LONG, "higher", 3, "geometric mean of the probabilities of an image"),
+    "vqa_score": ("VQAScore", LONG, "higher", 3, "probability that the image shows the whole prompt"),
+    "vqa_score_behind": ("VQAScore of sentences after token 77", LONG, "higher", 3, "each sentence by itself"),
+    "vqa_score_before": ("VQAScore of sentences before token 77", LONG, "higher", 3, "each sentence by itself"),
     "found_behind": ("found after token 77", LONG, "higher", 3, "of what a stock encoder does not read"),
     "found_before": ("found before token 77", LONG, "higher", 3, "shape, colour and size right, in the right cell"),
     "listening_behind": ("sentences after token 77", LONG, "higher", 2, _SENTENCE),
     "listening_before": ("sentences before token 77", LONG, "higher", 2, _SENTENCE),
     "clip_score": ("CLIPScore", LONG, "higher", 2, "100 x cosine of image and prompt"),
+    "den_score": ("DenScore", LONG, "higher", 2, "100 x mean of the sentences' embeddings, times the image's"),
+    "den_score_debiased": ("DenScore, debiased", LONG, "higher", 2, "what all prompts have in common kept to 0.3"),
+    "preference": ("score of the whole prompt", LONG, "higher", 3, "cut where the model stops reading"),
+    "preference_behind": ("score of sentences after token 77", LONG, "higher", 3, "each sentence by itself"),
+    "preference_before": ("score of sentences before token 77", LONG, "higher", 3, "each sentence by itself"),
     "background": ("background", LONG, "higher", 3, "share of images with the background that the prompt names"),
     "uncalled": ("objects not asked for", LONG, "lower", 3, "of the cells that the prompt leaves empty"),
+    "judge_yes": ("says yes where the reader does", JUDGES, "higher", 3, "share of what an image shows"),
+    "judge_no": ("says no where the reader does", JUDGES, "higher", 3, "share of what an image does not show"),
     "fd": ("Frechet distance", LIKENESS, "lower", 2, "between the features of all images and of all references"),
     "kid": ("kernel distance", LIKENESS, "lower", 4, "KID; the interval is that of random subsets"),
     "cmmd": ("CMMD", LIKENESS, "lower", 3, "kernel distance of CLIP embeddings x 1000"),
     "short_found": ("found", SHORT, "higher", 3, "objects of prompts that fit 77 tokens"),
     "short_background": ("background", SHORT, "higher", 3, "share of images with the background that is named"),
     "short_clip_score": ("CLIPScore", SHORT, "higher", 2, "100 x cosine of image and prompt"),
+    "short_vqa": ("questions", SHORT, "higher", 3, f"{_QUESTIONS}; mean over images"),
+    "short_tiif": ("TIIF-Bench", SHORT, "higher", 3, "questions right; mean over nine groups of types of prompts"),
+    "short_soft": ("Soft-TIFA AM", SHORT, "higher", 3, "mean probability of the right answers of an image"),
+    "short_soft_gm": ("Soft-TIFA GM", SHORT, "higher", 3, "geometric mean of the probabilities of an image"),
+    "short_vqa_score": ("VQAScore", SHORT, "higher", 3, "probability that the image shows the whole prompt"),
+    "short_preference": ("score", SHORT, "higher", 3, "cut where the model stops reading"),
     "prediction_drift": ("drift of the UNet's prediction", SHORT, "lower", 3, "RMS, relative, same noisy latents"),
     "state_drift": ("drift of token states", SHORT, "lower", 3, "RMS distance from the stock encoder's, relative"),
     "state_drift_2": ("drift, second encoder", SHORT, "lower", 3, "RMS distance from the stock encoder's, relative"),
@@ -118,10 +149,20 @@ class Findings:
     Attributes:
         values: by figure, the values of each prompt.
         points: by curve, (token, value) of each prompt.
+        verdicts: by judge and kind of prompt, what it says of the images of each prompt.
     """
 
     values: dict[str, list[list[float]]] = field(default_factory=dict)
     points: dict[str, list[list[tuple[int, float]]]] = field(default_factory=dict)
+    verdicts: dict[tuple[str, str], list[Verdicts]] = field(default_factory=dict)
+
+    def add_points(self, name: str, points: list[list[tuple[int, float]]], sides: str | None = None) -> None:
+        """A curve, and under the name of `sides` what lies before token 77 and behind."""
+        before, _, judge = (sides or name).partition("/")
+        ending = f"/{judge}" if judge else ""
+        self.points[name] = points
+        self.values[f"{before}_before{ending}"] = _side(points, False)
+        self.values[f"{before}_behind{ending}"] = _side(points, True)
 
 
 @dataclass(frozen=True)
@@ -141,22 +182,24 @@ def find(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     drift: Mapping[str, Sequence[float]],
+    place: Callable[..., Path] = Prompt.file,
 ) -> Findings:
     """Everything that is known of a condition prompt by prompt.
 
     Args:
         condition: which.
-        prompts: by kind.
+        prompts: by kind; several images of a prompt are neighbors.
         texts: the prompts, by judge.
         seen: the images, by judge, condition and kind.
         folder: where the images are.
         tokenizer: counts tokens.
         drift: by figure, a value for each of the first short prompts.
+        place: (prompt, condition, kind) -> where in the folder an image is.
     """
     found = Findings(values={key: [[value] for value in values] for key, values in drift.items()})
 
     def image(prompt: Prompt, kind: str | None = None) -> Image.Image:
-        return Image.open(folder / prompt.file(condition, kind)).convert("RGB")
+        return Image.open(folder / place(prompt, condition, kind)).convert("RGB")
 
     for kind, prefix in (("long", ""), ("short", "short_")):
         shown = [
@@ -168,21 +211,24 @@ def find(
             continue
         points = [[(fact["token"], float(fact["found"])) for fact in each["facts"]] for each in shown]
         if kind == "long":
-            found.points["found"] = points
-            found.values |= {"found_before": _side(points, False), "found_behind": _side(points, True)}
+            found.add_points("found", points)
             found.values["uncalled"] = [[float(cell) for cell in each["uncalled"]] for each in shown]
         else:
             found.values["short_found"] = [[value for _, value in own] for own in points]
         found.values[f"{prefix}background"] = [[float(each["background"])] for each in shown]
+    long = prompts["long"]
     for name, own in texts.items():
         embeds = torch.from_numpy(seen[name, condition.name, "long"])
-        found.values[f"clip_score/{name}"] = clip_scores(embeds, own.long)[:, None].tolist()
-        points = found.points[f"listening/{name}"] = listening(embeds, own.sentences)
-        found.values[f"listening_before/{name}"] = _side(points, False)
-        found.values[f"listening_behind/{name}"] = _side(points, True)
+        found.values[f"clip_score/{name}"] = together(long, clip_scores(embeds, own.long)[:, None].tolist())
+        if own.sentences.number > 1:
+            found.add_points(f"listening/{name}", together(long, listening(embeds, own.sentences)))
+        for key, kept in (("den_score", 1.0), ("den_score_debiased", DEBIASED)):
+            scores, points = dense_scores(embeds, own.sentences, kept)
+            found.values[f"{key}/{name}"] = together(long, [[score] for score in scores])
+            found.points[f"{key}/{name}"] = together(long, points)
         if own.short is not None:
             scores = clip_scores(torch.from_numpy(seen[name, condition.name, "short"]), own.short)
-            found.values[f"short_clip_score/{name}"] = scores[:, None].tolist()
+            found.values[f"short_clip_score/{name}"] = together(prompts["short"], scores[:, None].tolist())
     changes = [
         change_in_image(image(prompt, "long"), image(prompt), prompt.change.cell)
         for prompt in prompts["changed"]
@@ -191,6 +237,83 @@ def find(
     if changes:
         found.values["change"] = [[change.rms] for change in changes]
         found.values["change_inside"] = [[] if change.inside is None else [change.inside] for change in changes]
+    return found
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Judges that were asked about images, and what they said.
+
+    Attributes:
+        judges: by name.
+        said: what they say, image by image.
+        sheets: by kind, what was asked about each prompt.
+        cascade: as `questions.with_parents` takes it.
+        groups: types of prompts by group, where the set's score is a mean over groups.
+        last_picture_alone: as `judging.by_category` takes it.
+    """
+
+    judges: Mapping[str, Asked]
+    said: Said
+    sheets: Mapping[str, Sequence[Sheet]]
+    cascade: bool = False
+    groups: Mapping[str, Sequence[str]] | None = None
+    last_picture_alone: bool = False
+
+
+def hear(found: Findings, condition: Condition, prompts: Prompts, panel: Panel) -> None:
+    """Adds to what was found of a condition what a panel says of its images."""
+    for name, judge in panel.judges.items():
+        for kind, prefix in (("long", ""), ("short", "short_")):
+            said = panel.said.get((name, condition.name, kind))
+            if said is None:
+                continue
+            pictures = together(prompts[kind], [[values] for values in said])
+            own = [
+                verdicts(judge, sheet, some, panel.cascade)
+                for sheet, some in zip(panel.sheets[kind], pictures, strict=True)
+            ]
+            found.verdicts[name, kind] = own
+            for key in dict.fromkeys(key for each in own for key in each.figures):
+                found.values[f"{prefix}{key}/{name}"] = [each.figures.get(key, []) for each in own]
+            for key in dict.fromkeys(key for each in own for key in each.points) if kind == "long" else ():
+                found.add_points(f"{key}/{name}", [each.points.get(key, []) for each in own])
+
+
+def agree(found: Findings, shown: Sequence[Scene | None], prompts: Sequence[Prompt]) -> None:
+    """Adds how far a judge says of images of scenes what the reader reads, which is the truth.
+
+    Args:
+        found: of the condition; gets more.
+        shown: what the reader reads in the first image of each long prompt.
+        prompts: the long ones, each once.
+    """
+    for (name, kind), own in list(found.verdicts.items()):
+        sides: dict[bool, list[list[float]]] = {True: [], False: []}
+        for prompt, scene, each in zip(prompts, shown, own, strict=True) if kind == "long" else ():
+            if scene is None or not each.answers or not isinstance(prompt.text, Caption):
+                continue
+            pairs = list(zip(each.answers[0], scene_answers(prompt.text, scene), strict=True))
+            for truth, values in sides.items():
+                values.append([float(answer.right == truth) for answer, there in pairs if there == truth])
+        for truth, key in ((True, "judge_yes"), (False, "judge_no")):
+            if any(sides[truth]):
+                found.values[f"{key}/{name}"] = sides[truth]
+
+
+def firsts(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Each prompt once."""
+    return [prompt for prompt in prompts if not prompt.copy]
+
+
+def together(prompts: Sequence[Prompt], values: Sequence[list[Any]]) -> list[list[Any]]:
+    """Values of the images of one prompt in one list: they stand or fall together."""
+    found: list[list[Any]] = []
+    for prompt, own in zip(prompts, values, strict=True):
+        if prompt.copy:
+            found[-1] = [*found[-1], *own]
+        else:
+            found.append(list(own))
     return found
 
 
@@ -206,6 +329,7 @@ def distances(
     baseline: str | None,
     subset_size: int,
     resamples: int,
+    paired: bool = True,
 ) -> dict[str, dict[str, Figure]]:
     """Distances of each condition's images from the references, by condition and figure.
 
@@ -216,13 +340,14 @@ def distances(
         baseline: a condition, or None.
         subset_size: of the kernel distance, at most half of the images: larger subsets are nearly the same ones.
         resamples: of the bootstrap of the Frechet distance.
+        paired: whether the references are of the same prompts; otherwise there may be more or fewer.
     """
     if name == "cmmd":
-        figures = cmmd_intervals(seen, reference, baseline=baseline, num_resamples=resamples)
+        figures = cmmd_intervals(seen, reference, baseline=baseline, num_resamples=resamples, paired=paired)
         return {key: {name: value} for key, value in figures.items()}
-    figures = frechet_intervals(seen, reference, baseline=baseline, num_resamples=resamples)
+    figures = frechet_intervals(seen, reference, baseline=baseline, num_resamples=resamples, paired=paired)
     found: dict[str, dict[str, Figure]] = {key: {name: value} for key, value in figures.items()}
-    subset_size = min(subset_size, len(reference) // 2)
+    subset_size = min([subset_size, len(reference) // 2, *(len(own) // 2 for own in seen.values())])
     if subset_size >= 2:
         kid = {key: kernel_distance(own, reference, subset_size) for key, own in seen.items()}
         subsets = {key: np.array(value.pop("subsets")) for key, value in kid.items()}
@@ -244,6 +369,8 @@ def likeness(
     references: Sequence[str],
     subset_size: int,
     resamples: int,
+    baseline: str = BASELINE,
+    paired: bool = True,
 ) -> tuple[dict[str, dict[str, Figure]], dict[str, dict[str, Figure]]]:
     """Distances of every condition to every kind of reference, and what distances say nothing.
 
@@ -255,6 +382,8 @@ def likeness(
         references: `"original"`, `"reconstructed"` or both.
         subset_size: of the kernel distance.
         resamples: of the bootstrap.
+        baseline: the encoder that others are compared with.
+        paired: as `distances` takes it.
 
     Returns:
         By condition and figure, and by figure and name of a floor. A figure whose interval reaches the floor of the
@@ -267,7 +396,9 @@ def likeness(
         ending = "" if kind == "original" else f"/{RECONSTRUCTION}"
         reference = sets["reference" if kind == "original" else RECONSTRUCTION]
         half = len(reference) // 2
-        lower = {"halves": (reference[0 : 2 * half : 2], reference[1 : 2 * half : 2])}
+        lower: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        if half >= 2:  # a covariance needs two
+            lower["halves"] = (reference[0 : 2 * half : 2], reference[1 : 2 * half : 2])
         if kind == "original" and RECONSTRUCTION in sets:
             lower["autoencoder"] = (sets[RECONSTRUCTION], reference)
         for which, rows in sets.items():
@@ -279,9 +410,8 @@ def likeness(
                 floors.setdefault(key, {})[floor] = value
         for unet in dict.fromkeys(each.unet for each in conditions):
             own = {each.name: sets[each.name] for each in conditions if each.unet == unet}
-            for condition, figures in distances(
-                name, own, reference, f"{unet}/{BASELINE}", subset_size, resamples
-            ).items():
+            base = next(each.name for each in conditions if (each.unet, each.encoder) == (unet, baseline))
+            for condition, figures in distances(name, own, reference, base, subset_size, resamples, paired).items():
                 for key, value in figures.items():
                     found[condition][key + ending] = value | {"floor": _floor(key, value, floors.get(key, {}))}
         all_floors |= {key + ending: value for key, value in floors.items()}
@@ -306,10 +436,15 @@ def compare(
     tokenizer: PreTrainedTokenizerBase,
     drifts: Mapping[str, Mapping[str, Sequence[float]]],
     *,
+    panel: Panel | None = None,
     references: Sequence[str] = ("original",),
     subset_size: int = 1000,
     resamples: int = 100,
     num_examples: int = 4,
+    baseline: str = BASELINE,
+    place: Callable[..., Path] = Prompt.file,
+    reference_place: Callable[[int], Path | None] | None = None,
+    paired: bool = True,
 ) -> dict[str, Any]:
     """Everything of the report that follows from images and prompts, as `report.write_report` takes it.
 
@@ -321,74 +456,186 @@ def compare(
         folder: where the images are.
         tokenizer: counts tokens.
         drifts: by condition and figure, a value for each of the first short prompts.
-        references: what distances are taken to: `"original"` reference images, `"reconstructed"` ones, or both.
+        panel: judges that were asked, and what they say.
+        references: what distances are taken to: `"original"` reference images, `"reconstructed"` ones, both, or none.
         subset_size: of kernel distances.
         resamples: of the bootstrap of Frechet distances.
         num_examples: prompts of each kind on the page.
+        baseline: the encoder that others are compared with.
+        place: (prompt, condition, kind) -> where in the folder an image is.
+        reference_place: number of a prompt -> where its reference image is; by default where the page's copy is.
+        paired: whether reference i is of prompt i.
     """
     long, short = ([str(prompt.text) for prompt in prompts[kind]] for kind in ("long", "short"))
     texts = {
         name: Texts(judge.embed_texts(long), embed_sentences(judge, long), judge.embed_texts(short) if short else None)
         for name, judge in eyes.items()
-        if isinstance(judge, Judge)
+        if isinstance(judge, Judge) and any(long)
     }
     findings = {
-        each: find(each, prompts, texts, seen, folder, tokenizer, drifts.get(each.name, {})) for each in conditions
+        each: find(each, prompts, texts, seen, folder, tokenizer, drifts.get(each.name, {}), place)
+        for each in conditions
     }
+    once = firsts(prompts["long"])
+    if panel is not None:
+        for each, found in findings.items():
+            hear(found, each, prompts, panel)
+            agree(found, [_read(folder / place(prompt, each, None), prompt) for prompt in once], once)
     shown: dict[str, dict[str, Any]] = {}
     for each, found in findings.items():
-        base = findings[_baseline(each, conditions)]
+        base = findings[_baseline(each, conditions, baseline)]
         shown[each.name] = {
             "unet": each.unet,
             "encoder": each.encoder,
             "label": each.encoder,
             "about": each.about,
             "figures": {
-                key: figure(values, None if found is base or key == "change_inside" else base.values.get(key))
+                key: figure(values, None if found is base or _unpaired(key) else base.values.get(key))
                 for key, values in found.values.items()
             },
             "curves": {key: curve(points) for key, points in found.points.items()},
+            "breakdowns": {},
         }
+        if panel is not None:
+            shown[each.name]["figures"] |= _grouped(found, None if found is base else base, prompts, panel)
+            shown[each.name]["breakdowns"] = _breakdowns(found, panel)
     floors: dict[str, dict[str, Figure]] = {}
-    for name, eye in eyes.items():
+    for name, eye in eyes.items() if references else ():
         if isinstance(eye, Judge):
             continue
-        found_figures, found_floors = likeness(name, seen, conditions, references, subset_size, resamples)
+        found_figures, found_floors = likeness(
+            name, seen, conditions, references, subset_size, resamples, baseline, paired
+        )
         floors |= found_floors
         for key, figures in found_figures.items():
             shown[key]["figures"] = figures | shown[key]["figures"]
     keys = dict.fromkeys(key for condition in shown.values() for key in condition["figures"])
-    counts = [len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in long]
+    told = [str(prompt.text) for prompt in once if str(prompt.text)]
+    counts = [len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in told]
     curves = dict.fromkeys(key for found in findings.values() for key in found.points)
+    breakdowns = dict.fromkeys(key for condition in shown.values() for key in condition["breakdowns"])
     return {
         "prompts": {
-            "n": len(counts),
-            "mean_tokens": float(np.mean(counts)),
-            "beyond_77": float(np.mean([count > STOCK_CONTENT_TOKENS for count in counts])),
+            "n": len(once),
+            "mean_tokens": float(np.mean(counts)) if counts else None,
+            "beyond_77": float(np.mean([count > STOCK_CONTENT_TOKENS for count in counts])) if counts else None,
         },
         "figures": {key: about(key) for key in sorted(keys, key=_place)},
-        "baseline": BASELINE,
+        "baseline": baseline,
         "conditions": shown,
         "floors": {
             key: {name: own | {"label": floor_label(name)} for name, own in named.items()}
             for key, named in floors.items()
         },
         "curves": {key: _about_curve(key) for key in curves},
-        "warnings": _warnings(len(long), eyes, conditions),
-        "examples": _examples(findings, prompts["long"], tokenizer, num_examples),
-        "changes": _changes(findings, prompts["changed"][:num_examples]),
+        "breakdowns": {key: _about_breakdown(key) for key in breakdowns},
+        "judges": _judges(eyes, panel),
+        "warnings": _warnings(len(prompts["long"]), eyes if references else _judges_alone(eyes), conditions),
+        "examples": _examples(
+            findings, once, tokenizer, num_examples, place, _reference_place(references, reference_place), baseline
+        ),
+        "changes": _changes(findings, prompts["changed"][:num_examples], place),
     }
 
 
-def _baseline(condition: Condition, conditions: Iterable[Condition]) -> Condition:
-    return next(each for each in conditions if (each.unet, each.encoder) == (condition.unet, BASELINE))
+def _reference_place(
+    references: Sequence[str], place: Callable[[int], Path | None] | None
+) -> Callable[[int], Path | None]:
+    if place is not None:
+        return place
+    return reference_file if references else lambda index: None
+
+
+def _judges_alone(eyes: Mapping[str, Eye]) -> dict[str, Eye]:
+    return {name: eye for name, eye in eyes.items() if isinstance(eye, Judge)}
+
+
+def _unpaired(key: str) -> bool:
+    """Whether the values of two conditions are not those of the same things."""
+    return key == "change_inside" or key.startswith(("judge_yes/", "judge_no/"))
+
+
+def _read(file: Path, prompt: Prompt) -> Scene | None:
+    """What the reader reads in an image of a scene; None for other images."""
+    if prompt.scene is None:
+        return None
+    with Image.open(file) as image:
+        return read(image.convert("RGB"))
+
+
+def _grouped(found: Findings, base: Findings | None, prompts: Prompts, panel: Panel) -> dict[str, Figure]:
+    """The set's own score where that is a mean over groups of types of prompts."""
+    figures: dict[str, Figure] = {}
+    for (name, kind), own in found.verdicts.items() if panel.groups else ():
+        assert panel.groups is not None
+        kinds = [prompt.category for prompt in firsts(prompts[kind])]
+        scores = [[score for picture in each.scores for score in picture] for each in own]
+        asked = [number for number, each in enumerate(scores) if each]
+        if not asked:
+            continue
+        types = [kinds[number] for number in asked]
+        result = group_mean([scores[number] for number in asked], types, panel.groups) | {"difference": None}
+        if base is not None:
+            theirs = [[score for picture in each.scores for score in picture] for each in base.verdicts[name, kind]]
+            pairs = [[a - b for a, b in zip(scores[number], theirs[number], strict=True)] for number in asked]
+            result["difference"] = group_mean(pairs, types, panel.groups)
+        figures[f"{'short_' if kind == 'short' else ''}tiif/{name}"] = result
+    return figures
+
+
+def _breakdowns(found: Findings, panel: Panel) -> dict[str, dict[str, Figure]]:
+    """By judge and kind of prompt, questions answered right by category."""
+    shown = {}
+    for (name, kind), own in found.verdicts.items():
+        categories = by_category(panel.sheets[kind], own, panel.last_picture_alone)
+        if len(categories) > 1:
+            shown[f"{'short_' if kind == 'short' else ''}vqa/{name}"] = {
+                category: figure(values) for category, values in categories.items()
+            }
+    return shown
+
+
+def _judges(eyes: Mapping[str, Eye], panel: Panel | None) -> dict[str, str]:
+    """What judged, of which revision."""
+    found = {
+        name: f"{eye.source}, weights {fingerprint_of({'model': eye.model})}"
+        for name, eye in eyes.items()
+        if isinstance(eye, Judge)
+    }
+    judges = panel.judges if panel is not None else {}
+    return found | {name: f"{judge.source}, revision {judge.revision}" for name, judge in judges.items()}
+
+
+def _baseline(condition: Condition, conditions: Iterable[Condition], baseline: str) -> Condition:
+    return next(each for each in conditions if (each.unet, each.encoder) == (condition.unet, baseline))
 
 
 def _about_curve(key: str) -> dict[str, str]:
     name, _, judge = key.partition("/")
     if name == "found":
         return {"label": "Found, by where the fact ends in the prompt", "unit": "share of facts", "note": ""}
-    return {"label": f"What an image has of a sentence, judged by {judge}", "unit": "CLIPScore", "note": _SENTENCE}
+    label, unit, note = _CURVES[name]
+    return {"label": f"{label}, judged by {judge}", "unit": unit, "note": note}
+
+
+def _about_breakdown(key: str) -> dict[str, str]:
+    name, _, judge = key.partition("/")
+    prompts = "short prompts" if name.startswith("short_") else "prompts"
+    return {"label": f"Questions of {prompts} by category, judged by {judge}", "note": _QUESTIONS}
+
+
+_CURVES = {  # label, unit, note
+    "listening": ("What an image has of a sentence", "CLIPScore", _SENTENCE),
+    "vqa": ("Questions, by where the prompt tells what they ask", "share answered right", _QUESTIONS),
+    "vqa_score": ("VQAScore of each sentence", "probability", "each sentence by itself"),
+    "den_score": ("DenScore of each sentence", "100 x cosine", "the score of a prompt is the mean of its sentences"),
+    "den_score_debiased": (
+        "DenScore of each sentence, debiased",
+        "100 x product",
+        "what all have in common kept to 0.3",
+    ),
+    "preference": ("Score of each sentence", "score", "each sentence by itself"),
+}
 
 
 def _warnings(n: int, eyes: Mapping[str, Eye], conditions: Sequence[Condition]) -> list[str]:
@@ -405,11 +652,17 @@ def _warnings(n: int, eyes: Mapping[str, Eye], conditions: Sequence[Condition]) 
 
 
 def _examples(
-    findings: Mapping[Condition, Findings], prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, number: int
+    findings: Mapping[Condition, Findings],
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    number: int,
+    place: Callable[..., Path] = Prompt.file,
+    reference_place: Callable[[int], Path | None] | None = None,
+    baseline: str = BASELINE,
 ) -> list[dict[str, Any]]:
     """The prompts that the last condition draws best and worst beside the baseline, and the first ones."""
     last = list(findings)[-1]
-    base = _baseline(last, findings)
+    base = _baseline(last, findings, baseline)
     kinds = {"best": list[int](), "worst": list[int](), "first": list(range(min(number, len(prompts))))}
     scores: dict[Condition, list[str]] = {}
     if key := next(iter(findings[last].points), None):
@@ -418,7 +671,9 @@ def _examples(
         kinds |= {"best": order[:number], "worst": order[::-1][:number]}
         for each, found in findings.items():
             scores[each] = [
-                f"{sum(value for _, value in own):g} of {len(own)}" if key == "found" else f"{_mean(own):.1f}"
+                f"{sum(value for _, value in own):g} of {len(own)}"
+                if key.startswith(("found", "vqa/"))
+                else f"{_mean(own):.1f}"
                 for own in found.points[key]
             ]
     shown = []
@@ -426,6 +681,7 @@ def _examples(
         for index in indices:
             text = str(prompts[index].text)
             border = stock_border(text, tokenizer)
+            reference = (reference_place or reference_file)(index)
             why = ", ".join(f"{each.name} {scores[each][index]}" for each in (last, base)) if scores else ""
             shown.append(
                 {
@@ -433,9 +689,9 @@ def _examples(
                     "kind": kind,
                     "why": why,
                     "prompt": text,
-                    "kept_characters": len(text) if border is None else border,
-                    "reference": str(reference_file(index)),
-                    "images": {each.name: str(prompts[index].file(each)) for each in findings},
+                    "kept_characters": border if border is not None and base.unet else len(text),
+                    "reference": None if reference is None else str(reference),
+                    "images": {each.name: str(place(prompts[index], each, None)) for each in findings},
                     "scores": {each.name: own[index] for each, own in scores.items()},
                 }
             )
@@ -451,7 +707,9 @@ def reference_file(index: int) -> Path:
     return Path("references", f"{index:06d}.webp")
 
 
-def _changes(findings: Mapping[Condition, Findings], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+def _changes(
+    findings: Mapping[Condition, Findings], prompts: Sequence[Prompt], place: Callable[..., Path] = Prompt.file
+) -> list[dict[str, Any]]:
     """Prompts of which a word was changed, with both images of each condition."""
     shown = []
     for number, prompt in enumerate(prompts):
@@ -466,7 +724,9 @@ def _changes(findings: Mapping[Condition, Findings], prompts: Sequence[Prompt]) 
                 "after": change.prompt[slice(*change.span)],
                 "prompt": change.prompt,
                 "span": list(change.span),
-                "images": {each.name: [str(prompt.file(each, "long")), str(prompt.file(each))] for each in findings},
+                "images": {
+                    each.name: [str(place(prompt, each, "long")), str(place(prompt, each, None))] for each in findings
+                },
                 "where": {name: f"{own[0]:.2f} of the change in the cell" for name, own in inside.items() if own},
             }
         )

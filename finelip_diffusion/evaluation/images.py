@@ -14,16 +14,17 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from ..files import writing
+from ..files import png_text, writing
 from ..locations import locate
 from ..pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
 from ..prompts import LongPrompt
 from ..scenes import Scene
 from ..upstream import name_dtype
 from .adherence import Change
+from .questions import Question
 
+COPY_NOISE = 1_000_000  # between the seeds of two images of a prompt: more than there are prompts
 BASELINE = "truncate"
 STRATEGIES: dict[str, tuple[LongPrompt, str]] = {
     "truncate": ("truncate", "the first 77 tokens, what diffusers does"),
@@ -57,7 +58,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Condition:
-    """One way to draw: a UNet, a text encoder and how it reads."""
+    """One way to draw: a UNet, a text encoder and how it reads; or a folder of pictures, whose UNet is empty."""
 
     unet: str
     encoder: str
@@ -69,7 +70,7 @@ class Condition:
 
     @property
     def name(self) -> str:
-        return f"{self.unet}/{self.encoder}"
+        return f"{self.unet}/{self.encoder}" if self.unet else self.encoder
 
 
 def located(source: str) -> str:
@@ -188,11 +189,14 @@ class Prompt:
     Attributes:
         kind: `"long"`, with a reference image; `"short"`, fits 77 tokens; `"changed"`, the long prompt of the same
             number, with one thing behind token 77 changed.
-        index: its number among those of its kind; the noise has the seed plus this.
+        index: its number among those of its kind.
         text: a `Caption` where it describes a scene.
         name: where it comes from.
         scene: what a perfect image of it would show.
         change: what was changed.
+        questions: what is asked of its image.
+        category: of the prompt.
+        copy: which of several images of the prompt.
     """
 
     kind: str
@@ -201,10 +205,19 @@ class Prompt:
     name: str = ""
     scene: Scene | None = None
     change: Change | None = None
+    questions: tuple[Question, ...] = ()
+    category: str = ""
+    copy: int = 0
+
+    @property
+    def noise(self) -> int:
+        """What its noise adds to the seed."""
+        return self.index + COPY_NOISE * self.copy
 
     def file(self, condition: Condition, kind: str | None = None) -> Path:
         """Where its image is, or that of the same number of another kind."""
-        return Path("images", condition.name, kind or self.kind, f"{self.index:06d}.png")
+        copy = f"-{self.copy}" if self.copy else ""
+        return Path("images", condition.name, kind or self.kind, f"{self.index:06d}{copy}.png")
 
 
 class Noise:
@@ -219,7 +232,7 @@ class Noise:
 
     def of(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """What the pipeline is called with."""
-        generators = [torch.Generator().manual_seed(self.settings.seed + prompt.index) for prompt in prompts]
+        generators = [torch.Generator().manual_seed(self.settings.seed + prompt.noise) for prompt in prompts]
         if self.settings.noise == "per_prompt" or prompts[0].kind != "long":
             return {"generator": generators}
         latents = []
@@ -299,8 +312,5 @@ def is_drawn(file: Path, prompt: Prompt, settings: str) -> bool:
 
 def save_image(image: Image.Image, file: Path, prompt: Prompt, seed: int, settings: str) -> None:
     """Whole or not at all."""
-    info = PngInfo()
-    for key, value in (("prompt", prompt.text), ("seed", str(seed)), ("settings", settings)):
-        info.add_itxt(key, value)
     with writing(file) as part:
-        image.save(part, "PNG", pnginfo=info)
+        image.save(part, "PNG", pnginfo=png_text(prompt=prompt.text, seed=str(seed), settings=settings))

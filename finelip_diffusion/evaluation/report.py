@@ -18,7 +18,7 @@ from ..scenes import STOCK_CONTENT_TOKENS
 from .intervals import interval, markdown_table, number, shown
 
 BORDER = STOCK_CONTENT_TOKENS + 2  # start and end count: token 77
-SHOWN_AS_PIXELS = 128  # pictures up to this side are kept as they are
+SHOWN_AS_PIXELS = 160  # pictures up to this side are kept as they are: those of scenes are
 LARGEST_PICTURE = 384  # pixels; larger ones are scaled down to this side
 FLOOR = "= floor"  # marks a figure that says nothing
 SIGNS = {"better": "▲ ", "worse": "▼ ", "open": "", None: ""}
@@ -69,7 +69,7 @@ def _check(report: Report) -> None:
     if unknown := set(report.get("floors") or ()) - set(figures):
         raise ValueError(f"floors are given for {sorted(unknown)}, but figures are {list(figures)}.")
     for name, condition in conditions.items():
-        for kind in ("figures", "curves"):
+        for kind in ("figures", "curves", "breakdowns"):
             if unknown := set(condition.get(kind) or ()) - set(report.get(kind) or ()):
                 raise ValueError(
                     f"condition {name} has {kind} that nothing describes: add {sorted(unknown)} to report[{kind!r}]."
@@ -108,6 +108,16 @@ def _baseline_label(report: Report) -> str:
     return next((one["label"] for one in report["conditions"].values() if one["encoder"] == baseline), baseline)
 
 
+def _of_folders(report: Report) -> bool:
+    """Whether folders of pictures are compared, of whose UNets and noise nothing is known."""
+    return _unets(report) == [""]
+
+
+def _under(unet: str, start: str = "") -> str:
+    """`START base UNet`; empty where nothing is known of it."""
+    return f"{start}{unet} UNet" if unet else ""
+
+
 def _baseline(report: Report, unet: str) -> dict:
     """The baseline's condition under a UNet; empty where it was not drawn."""
     conditions = report["conditions"].values()
@@ -136,6 +146,11 @@ def _ends(figures: Iterable[dict]) -> list[float]:
     return [end for end in found if end is not None]
 
 
+def _word(report: Report) -> str:
+    """What conditions differ in."""
+    return "pictures" if _of_folders(report) else "encoder"
+
+
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -153,11 +168,12 @@ def _prompts_line(report: Report) -> str:
 
 
 def _tables_note(report: Report) -> str:
+    alike, of = ("the same prompts", "") if _of_folders(report) else ("the same prompts and noise", " of its UNet")
+    under = "" if _of_folders(report) else " under the same UNet"
     text = (
-        "In brackets: 95% intervals. With a sign: paired differences, from the same prompts and noise, to "
-        f"{_baseline_label(report)} under the same UNet, marked ▲ (better) or ▼ (worse) if the interval excludes 0. "
-        "In bold: the best of its UNet. One interval in twenty excludes 0 by chance, and the best of several is "
-        "picked after the fact."
+        f"In brackets: 95% intervals. With a sign: paired differences, from {alike}, to {_baseline_label(report)}"
+        f"{under}, marked ▲ (better) or ▼ (worse) if the interval excludes 0. In bold: the best{of}. One interval in "
+        "twenty excludes 0 by chance, and the best of several is picked after the fact."
     )
     if report.get("floors"):
         text += f" {FLOOR}: the figure cannot be told from a floor below its table, so it says nothing."
@@ -271,7 +287,8 @@ def markdown(report: Report) -> str:
         for place, column in enumerate(table["columns"]):
             lines += [f"### {_capital(column['label'])} ({column['better']} is better)", ""]
             lines += [f"{_capital(column['note'])}.", ""] if column.get("note") else []
-            heads = ["UNet", "encoder", "value", f"less {_baseline_label(report)}", "n"]
+            first = "floor" if _of_folders(report) else "UNet"
+            heads = [first, _word(report), "value", f"less {_baseline_label(report)}", "n"]
             rows = [
                 [unet, one["label"], _value_text(cells[place]), _difference_text(cells[place]), cells[place]["n"]]
                 for unet, rows in table["rows"].items()
@@ -286,12 +303,24 @@ def markdown(report: Report) -> str:
             drawn = [(one, cells) for one, cells in curve["rows"] if one["unet"] == unet]
             for first in range(0, len(drawn), 4):
                 some = drawn[first : first + 4]
-                heads = [f"tokens, {unet} UNet", *(one["label"] for one, _ in some)]
+                heads = [f"tokens{_under(unet, ', ')}", *(one["label"] for one, _ in some)]
                 rows = [
                     [f"{bounds[0]} to {bounds[1]}", *(cells[place] for _, cells in some)]
                     for place, bounds in enumerate(curve["bins"])
                 ]
                 lines += [*markdown_table(heads, rows), ""]
+    for breakdown in _breakdowns(report):
+        lines += [f"## {_capital(breakdown['label'])}", ""]
+        for first in range(0, len(breakdown["rows"]), 4):
+            some = breakdown["rows"][first : first + 4]
+            heads = ["category", *(_full_label(report, one) for one, _ in some)]
+            rows = [
+                [category, *(cells[place] for _, cells in some)]
+                for place, category in enumerate(breakdown["categories"])
+            ]
+            lines += [*markdown_table(heads, rows), ""]
+    if report.get("judges"):
+        lines += ["## Judges", "", *markdown_table(["judge", "what it is"], list(report["judges"].items())), ""]
     lines += ["## How to reproduce", "", f"    {report['command']}", ""]
     if report.get("versions"):
         lines += [", ".join(f"{name} {version}" for name, version in report["versions"].items()), ""]
@@ -329,6 +358,23 @@ def _curves(report: Report) -> list[dict[str, Any]]:
     return found
 
 
+def _breakdowns(report: Report) -> list[dict[str, Any]]:
+    """Means by category as text: a description, its `categories`, and `rows`, pairs of a condition and its values."""
+    found = []
+    for key, about in (report.get("breakdowns") or {}).items():
+        own = [(one, (one.get("breakdowns") or {}).get(key)) for one in report["conditions"].values()]
+        drawn = [(one, values) for one, values in own if values]
+        categories = list(dict.fromkeys(category for _, values in drawn for category in values))
+        rows = [(one, [shown(values.get(category)) for category in categories]) for one, values in drawn]
+        found.append({**about, "categories": categories, "rows": rows})
+    return found
+
+
+def _full_label(report: Report, condition: dict) -> str:
+    """A condition's name where conditions of several UNets stand side by side."""
+    return condition["label"] if len(_unets(report)) == 1 else f"{condition['label']}{_under(condition['unet'], ', ')}"
+
+
 def _panel(report: Report, key: str, unet: str) -> dict[str, str]:
     """One curve of every encoder under one UNet: its SVG, and what that shows for those who do not see it."""
     lines, said = [], []
@@ -346,7 +392,7 @@ def _panel(report: Report, key: str, unet: str) -> dict[str, str]:
     limits = (min(ends) - room * (min(ends) < 0), max(ends) + room)
     return {
         "unet": unet,
-        "said": f"{_capital(report['curves'][key]['label'])}, {unet} UNet: {'; '.join(said)}.",
+        "said": f"{_capital(report['curves'][key]['label'])}{_under(unet, ', ')}: {'; '.join(said)}.",
         "svg": _svg(lines, limits, f"{key}/{unet}"),
     }
 
@@ -451,6 +497,10 @@ def page(report: Report, folder: Path) -> str:
         tables_note=_tables_note(report),
         signs=SIGNS,
         curves=curves,
+        breakdowns=_breakdowns(report),
+        word=_word(report),
+        folders=_of_folders(report),
+        under=_under,
         border=BORDER,
         examples=[_example(report, item, folder) for item in report.get("examples") or ()],
         changes=[_change(report, item, folder) for item in report.get("changes") or ()],
