@@ -301,7 +301,7 @@ def reading(caption: Caption, scene: Scene, image: Image.Image, tokenizer: PreTr
 
 @dataclass(frozen=True)
 class Change:
-    """A prompt told again with one thing changed behind token 77.
+    """A prompt told again with one thing changed after token 77.
 
     Attributes:
         prompt: the changed prompt.
@@ -317,7 +317,7 @@ class Change:
 
 
 def change_scene(scene: Scene, seed: int, tokenizer: PreTrainedTokenizerBase) -> Change | None:
-    """Changes the shape, colour or size of one object that a caption tells wholly behind token 77.
+    """Changes the shape, color or size of one object that a caption tells wholly after token 77.
 
     Wording and order stay.
 

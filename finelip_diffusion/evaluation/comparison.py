@@ -223,8 +223,8 @@ def find(
         if own.sentences.number > 1:
             found.add_points(f"listening/{name}", together(long, listening(embeds, own.sentences)))
         for key, kept in (("den_score", 1.0), ("den_score_debiased", DEBIASED)):
-            scores, points = dense_scores(embeds, own.sentences, kept)
-            found.values[f"{key}/{name}"] = together(long, [[score] for score in scores])
+            dense, points = dense_scores(embeds, own.sentences, kept)
+            found.values[f"{key}/{name}"] = together(long, [[score] for score in dense])
             found.points[f"{key}/{name}"] = together(long, points)
         if own.short is not None:
             scores = clip_scores(torch.from_numpy(seen[name, condition.name, "short"]), own.short)
@@ -574,7 +574,7 @@ def _grouped(found: Findings, base: Findings | None, prompts: Prompts, panel: Pa
         if not asked:
             continue
         types = [kinds[number] for number in asked]
-        result = group_mean([scores[number] for number in asked], types, panel.groups) | {"difference": None}
+        result: Figure = {**group_mean([scores[number] for number in asked], types, panel.groups), "difference": None}
         if base is not None:
             theirs = [[score for picture in each.scores for score in picture] for each in base.verdicts[name, kind]]
             pairs = [[a - b for a, b in zip(scores[number], theirs[number], strict=True)] for number in asked]

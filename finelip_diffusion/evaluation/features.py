@@ -130,7 +130,7 @@ def load_extractor(
 # ----------------------------------------------------------------------------------------------------------- networks
 
 
-def _standardised(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+def _standardized(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """Bytes -> values from 0 to 1, less a mean, in units of a deviation, (N, 3, H, W)."""
     offset, scale = (255 * torch.tensor(values, device=pixels.device)[:, None, None] for values in (mean, std))
     return ((pixels.float() - offset) / scale).to(dtype)
@@ -191,7 +191,7 @@ def _load_clip(weights: str | Path, device: torch.device, dtype: torch.dtype) ->
     tower, projection = model.vision_model.to(device), model.visual_projection.to(device)
 
     def network(pixels: Tensor) -> Tensor:
-        return projection(tower(_standardised(pixels, CLIP_MEAN, CLIP_STD, dtype)).pooler_output)
+        return projection(tower(_standardized(pixels, CLIP_MEAN, CLIP_STD, dtype)).pooler_output)
 
     return Parts(network, projection.out_features, partial(_crop, size=tower.config.image_size))
 
@@ -209,7 +209,7 @@ def _load_dinov2(weights: str | Path, device: torch.device, dtype: torch.dtype) 
     model.to(device).eval()
 
     def network(pixels: Tensor) -> Tensor:
-        return model(_standardised(pixels, IMAGENET_MEAN, IMAGENET_STD, dtype)).pooler_output  # CLS after the norm
+        return model(_standardized(pixels, IMAGENET_MEAN, IMAGENET_STD, dtype)).pooler_output  # CLS after the norm
 
     return Parts(network, model.config.hidden_size, partial(_squeeze, size=224))
 
@@ -225,7 +225,7 @@ def _load_efficientnet(weights: str | Path, device: torch.device, dtype: torch.d
     model.to(device, dtype).eval()
 
     def network(pixels: Tensor) -> Tensor:
-        return model.extract_features(_standardised(pixels, LITE_MEAN, LITE_STD, dtype)).mean((2, 3))
+        return model.extract_features(_standardized(pixels, LITE_MEAN, LITE_STD, dtype)).mean((2, 3))
 
     return Parts(network, model._fc.in_features, partial(_crop, size=224))
 
@@ -250,7 +250,7 @@ FEATURE_SPACES = {
     "clip_fd": FeatureSpace(
         _load_clip,
         "openai/clip-vit-base-patch32",
-        "CLIP ViT-B/32, image embeddings before they are normalised, 512 features; shorter side to 224 pixels, "
+        "CLIP ViT-B/32, image embeddings before they are normalized, 512 features; shorter side to 224 pixels, "
         "bicubic, the middle cut out",
     ),
     "cmmd": FeatureSpace(
@@ -289,7 +289,7 @@ def _pixels(source: Source, resize: Resize) -> Tensor:
 
 
 def _stack(images: Iterable[Tensor]) -> list[Tensor]:
-    """Neighbours of one size become a batch (n, H, W, 3)."""
+    """Neighbors of one size become a batch (n, H, W, 3)."""
     return [torch.stack(list(run)) for _, run in groupby(images, lambda image: image.shape)]
 
 
@@ -312,7 +312,7 @@ def extract(
         num_workers: processes that read, decode and resize while the network works.
 
     Raises:
-        ValueError: If a file is missing or is no image.
+        ValueError: If a file is missing or is not an image.
     """
     loader: DataLoader[Any] = DataLoader(  # with a generator of its own: the process's random state stays as it is
         cast("Dataset[Source]", images), batch_size, collate_fn=partial(_read, resize=extractor.resize),

@@ -360,11 +360,11 @@ class SceneGallery(Dataset[Example]):
 
 
 def scenes_gallery(num_groups: int = 128, seed: int = 0) -> SceneGallery:
-    """Draws held-out scenes in groups of eight that only what stands behind token 77 tells apart.
+    """Draws held-out scenes in groups of eight that only what stands after token 77 tells apart.
 
     A group is a scene of six to nine objects, and seven others that differ from it in one attribute of one object: in
-    colour, shape or size, or in the cell, an empty one or another object's in exchange. Wording and order are the same
-    in a group, and what differs is told behind token 77: cut there, its captions are one.
+    color, shape or size, or in the cell, an empty one or another object's in exchange. Wording and order are the same
+    in a group, and what differs is told after token 77: cut there, its captions are one.
 
     Few near-duplicates of a scene are held out as it is, so scenes are drawn until one has seven: about 0.2 s a group.
 

@@ -188,7 +188,7 @@ class Prompt:
 
     Attributes:
         kind: `"long"`, with a reference image; `"short"`, fits 77 tokens; `"changed"`, the long prompt of the same
-            number, with one thing behind token 77 changed.
+            number, with one thing after token 77 changed.
         index: its number among those of its kind.
         text: a `Caption` where it describes a scene.
         name: where it comes from.
@@ -251,7 +251,7 @@ def batches(pipe: Any, prompts: Sequence[Prompt], long_prompt: LongPrompt, batch
     """Deals prompts out in batches of one kind and of one length in states.
 
     In a batch, shorter prompts are filled up with windows of the empty prompt, to which the UNet attends: the image of
-    a prompt would depend on its neighbours.
+    a prompt would depend on its neighbors.
     """
     groups: dict[tuple[str, int], list[Prompt]] = {}
     for prompt in prompts:
@@ -301,7 +301,7 @@ def is_drawn(file: Path, prompt: Prompt, settings: str) -> bool:
         with Image.open(file) as image:
             found = dict(image.info)
     except OSError as error:
-        raise ValueError(f"{file} is no readable image ({error}): delete it, and it is drawn again.") from error
+        raise ValueError(f"{file} is not a readable image ({error}): delete it, and it is drawn again.") from error
     if (found.get("prompt"), found.get("settings")) != (prompt.text, settings):
         raise ValueError(
             f"{file} was drawn from another prompt, other settings or other weights: choose another folder, or delete "

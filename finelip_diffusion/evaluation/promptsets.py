@@ -392,7 +392,7 @@ def _write(files: Sequence[Path], file: Path) -> None:
         else:
             images = [_open(each) for each in files]
             image = images[0] if len(images) == 1 else _grid(images)
-            image.save(part, **({"quality": 95, "subsampling": 0} if file.suffix == ".jpg" else {}))
+            image.save(part, quality=95, subsampling=0)  # of JPEG; PNG takes no notice
 
 
 def _grid(images: Sequence[Image.Image]) -> Image.Image:

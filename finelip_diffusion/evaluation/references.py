@@ -75,7 +75,7 @@ def load_autoencoder(settings: Settings, device: torch.device | str = "cpu") -> 
 
 
 def with_wrong_facts(scene: Scene, number: int, seed: int) -> Scene:
-    """A scene of which `number` objects have another shape, colour or size: so many facts of its caption are wrong.
+    """A scene of which `number` objects have another shape, color or size: so many facts of its caption are wrong.
 
     What is wrong of fewer is wrong of more: two sets differ by the further facts alone.
 

@@ -23,9 +23,9 @@ LARGEST_PICTURE = 384  # pixels; larger ones are scaled down to this side
 FLOOR = "= floor"  # marks a figure that says nothing
 SIGNS = {"better": "▲ ", "worse": "▼ ", "open": "", None: ""}
 MARKERS = {"o": "●", "s": "■", "D": "◆", "*": "★", "P": "✚", "X": "✖", "p": "⬟", "h": "⬢"}
-"""Of the encoders in order, the baseline first: for matplotlib, and as text. The template has a colour for each."""
+"""Of the encoders in order, the baseline first: for matplotlib, and as text. The template has a color for each."""
 INK, ENCODER_INK = "#010101", "#0e0e"
-"""What curves are drawn in, the place of the encoder behind: it stands for the page's colours by day and by night."""
+"""What curves are drawn in, the place of the encoder behind: it stands for the page's colors by day and by night."""
 
 Report = dict[str, Any]
 
@@ -60,7 +60,7 @@ def _check(report: Report) -> None:
         json.dumps(report, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"the report is no JSON ({error}): give plain data, and None where nothing is known."
+            f"the report is not JSON ({error}): give plain data, and None where nothing is known."
         ) from error
     figures, conditions = report["figures"], report["conditions"]
     for key, about in figures.items():
@@ -99,7 +99,7 @@ def _unets(report: Report) -> list[str]:
 
 
 def _encoders(report: Report) -> list[str]:
-    """Every encoder, the baseline first: the order of colours and markers."""
+    """Every encoder, the baseline first: the order of colors and markers."""
     return list(dict.fromkeys([report["baseline"], *(one["encoder"] for one in report["conditions"].values())]))
 
 
@@ -240,8 +240,8 @@ def _cell(report: Report, condition: dict, key: str) -> dict[str, Any]:
     """
     about, own = report["figures"][key], _figure(condition, key)
     digits, value, difference = about["digits"], own.get("value"), own.get("difference")
-    neighbours = (one for one in report["conditions"].values() if one["unet"] == condition["unet"])
-    best = _best(neighbours, key, about["better"])
+    neighbors = (one for one in report["conditions"].values() if one["unet"] == condition["unet"])
+    best = _best(neighbors, key, about["better"])
     known = difference is not None and difference["value"] is not None
     return {
         "value": number(value, digits),
@@ -287,8 +287,8 @@ def markdown(report: Report) -> str:
         for place, column in enumerate(table["columns"]):
             lines += [f"### {_capital(column['label'])} ({column['better']} is better)", ""]
             lines += [f"{_capital(column['note'])}.", ""] if column.get("note") else []
-            first = "floor" if _of_folders(report) else "UNet"
-            heads = [first, _word(report), "value", f"less {_baseline_label(report)}", "n"]
+            where = "floor" if _of_folders(report) else "UNet"
+            heads = [where, _word(report), "value", f"less {_baseline_label(report)}", "n"]
             rows = [
                 [unet, one["label"], _value_text(cells[place]), _difference_text(cells[place]), cells[place]["n"]]
                 for unet, rows in table["rows"].items()
@@ -398,7 +398,7 @@ def _panel(report: Report, key: str, unet: str) -> dict[str, str]:
 
 
 def _svg(lines: list[tuple[int, str, list[dict]]], limits: tuple[float, float], salt: str) -> str:
-    """Curves as an element of the page, in the page's colours.
+    """Curves as an element of the page, in the page's colors.
 
     Args:
         lines: (place of the encoder, label, points with values) of each.
