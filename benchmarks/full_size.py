@@ -4,7 +4,7 @@ Random weights cost what trained ones do. Ours reads with `long_prompt="auto"`. 
 as many positions as the prompt needs, and is given two windows by hand where the prompt is longer than 248 tokens. So
 both do the same work, and the last column says how far their results differ. Rows take turns, every other round
 backwards, and ratios are taken within a round, so that other load on the machine meets them all. Time is the
-process's own CPU seconds, which neighbours disturb less than the clock; memory is the peak over what the process held
+process's own CPU seconds, which neighbors disturb less than the clock; memory is the peak over what the process held
 before the call, as Linux counts it.
 
     python benchmarks/full_size.py                                # about fifteen minutes of one core, 7 GB
@@ -126,7 +126,7 @@ def empty(name: str, args: Arguments) -> Any:
 
 
 def build(name: str, args: Arguments) -> Any:
-    """A part with cheap random weights; it was made empty, so that no time goes into an initialisation of its own."""
+    """A part with cheap random weights; it was made empty, so that no time goes into an initialization of its own."""
     module = empty(name, args).to_empty(device="cpu").eval()
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1:

@@ -118,7 +118,7 @@ def rows_of(device: str) -> dict[str, Row]:
 
 
 def make_inputs(args: Arguments, batch_size: int, dtype: torch.dtype, exact: bool = False) -> list[Tensor]:
-    """Normalised random tokens of both sides, if `exact` rounded to bfloat16, and the gradient of their scores."""
+    """Normalized random tokens of both sides, if `exact` rounded to bfloat16, and the gradient of their scores."""
     generator = torch.Generator().manual_seed(args.seed)
     inputs = []
     for length in (args.image_tokens, args.text_tokens):

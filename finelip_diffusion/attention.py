@@ -39,7 +39,7 @@ class AttentionMaps:
         Args:
             report: What `describe_prompt` says of the prompt under the strategy that it was drawn with.
             start: The part's first character.
-            stop: The character behind its last.
+            stop: The character after its last one.
             image: Number of the image in the call.
 
         Returns:

@@ -37,7 +37,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         Name -> tensor, on the CPU; may be mapped from the file.
 
     Raises:
-        ValueError: If the file is no checkpoint, is damaged, is a TorchScript archive, or would have to run code.
+        ValueError: If the file is not a checkpoint, is damaged, is a TorchScript archive, or would have to run code.
     """
     if path.name.endswith(".index.json"):
         shards = shard_names(path)
@@ -58,7 +58,7 @@ def shard_names(path: Path) -> list[str]:
     """The files that an `….index.json` names, sorted.
 
     Raises:
-        ValueError: If the file is no such index.
+        ValueError: If the file is not such an index.
     """
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
@@ -81,7 +81,7 @@ def read_configuration(path: Path) -> dict[str, Any] | None:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} has metadata {CONFIGURATION} that is no JSON object: convert it again.")
+        raise ValueError(f"{path} has metadata {CONFIGURATION} that is not a JSON object: convert it again.")
     return content or None
 
 
@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no readable JSON file: download it again.") from error
+        raise ValueError(f"{path} is not a readable JSON file: download it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object: download it again.")
     return content
@@ -110,7 +110,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no readable safetensors file ({error}): download or save it again.") from error
+        raise ValueError(f"{path} is not a readable safetensors file ({error}): download or save it again.") from error
 
 
 def _read_pickle(path: Path) -> Any:
@@ -127,11 +127,11 @@ def _read_pickle(path: Path) -> Any:
         what = (
             f"is a pickle that wants to run {wanted[1]}"
             if wanted
-            else "is no checkpoint, or one that wants to run code"
+            else "is not a checkpoint, or one that wants to run code"
         )
         raise ValueError(f"{path} {what}, and was refused unread: {_ADVICE}.") from error
     except (RuntimeError, EOFError, KeyError, ValueError, OSError, AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} is no checkpoint, or a damaged one: {_ADVICE}.") from error
+        raise ValueError(f"{path} is not a checkpoint, or a damaged one: {_ADVICE}.") from error
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -18,7 +18,7 @@ LONG_PROMPTS = ("stretch", "truncate", "chunk", "segment", "auto")
 WEIGHTINGS = ("plain", "a1111", "compel")
 STEPS = 20
 GUIDANCE_SCALE = 7.5
-BUNDLED_GUIDANCE_SCALE = 3.0  # it is a small model without much to guide: at 7.5 it draws wrong colours
+BUNDLED_GUIDANCE_SCALE = 3.0  # it is a small model without much to guide: at 7.5 it draws wrong colors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +122,7 @@ def convert(args: argparse.Namespace) -> None:
         args: The flags of `finelip convert`.
 
     Raises:
-        ValueError: If the source is no CLIP, its weights are not as they must be, or the target exists.
+        ValueError: If the source is not a CLIP, its weights are not as they must be, or the target exists.
         OSError: If the target cannot be written.
     """
     import torch
@@ -393,7 +393,7 @@ def _integer(least: int, greatest: int | None = None, multiple: int = 1):
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < least or (greatest is not None and value > greatest) or value % multiple:
             bounds = f"at least {least}" if greatest is None else f"{least} to {greatest}"
             raise argparse.ArgumentTypeError(
@@ -408,7 +408,7 @@ def _scale(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not math.isfinite(value) or value < 0:
         raise argparse.ArgumentTypeError(f"{text} must be finite and at least 0")
     return value
@@ -424,7 +424,7 @@ def _prompt(args: argparse.Namespace) -> str:
         except FileNotFoundError:
             raise ValueError(f"{where} does not exist: give --prompt-file the path of a UTF-8 text file.") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where} is no UTF-8 text: {error.reason} at byte {error.start}.") from None
+            raise ValueError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}.") from None
     try:
         prompt.encode()
     except UnicodeEncodeError:

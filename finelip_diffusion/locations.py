@@ -127,7 +127,7 @@ def configuration_folder(source: str | Path, hub: dict[str, Any]) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt"], **hub))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ValueError(
-            f"{source} is no folder here, and as a hub id it cannot be reached or is not cached "
+            f"{source} is not a folder here, and as a hub id it cannot be reached or is not cached "
             f"({type(error).__name__}): check the name and the network, or download it and give the folder."
         ) from error
 

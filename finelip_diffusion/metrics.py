@@ -442,8 +442,8 @@ def probe_text_states(
     Facts that do not fit the encoder's window are left out.
 
     Returns:
-        Accuracies by attribute (cell, colour, shape, size), from the state of the fact's last token (`"last"`) and
-        from the mean over its tokens (`"mean"`). Chance: 0.11, 0.13, 0.17, 0.50.
+        Accuracies by attribute (`cell`, `colour`, `shape`, `size`), from the state of the fact's last token (`"last"`)
+        and from the mean over its tokens (`"mean"`). Chance: 0.11, 0.13, 0.17, 0.50.
     """
     length = encoder.config.max_position_embeddings
     features: dict[str, dict[str, list[Tensor]]] = {split: {"last": [], "mean": []} for split in ("train", "test")}

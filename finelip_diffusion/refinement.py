@@ -7,7 +7,7 @@ HIDDEN_SHARE = 0.2  # width of the refinement's hidden layer, as a share of the 
 
 
 class TokenRefinement(nn.Module):
-    """FineLIP's adaptive token refinement (ATRM), section 3.2: K learnt mixtures of the tokens.
+    """FineLIP's adaptive token refinement (ATRM), section 3.2: K learned mixtures of the tokens.
 
     weights = softmax over tokens of scale * MLP(LayerNorm(x)), with MLP: E -> 0.2 E -> GELU -> K;
     refined token k = sum over tokens n of weights[n, k] * x[n].

@@ -36,8 +36,8 @@ def late_interaction(
         mean over text tokens of (max over image tokens of A) + mean over image tokens of (max over text tokens of A)
 
     Args:
-        image_tokens: (B_image, P, E), L2-normalised.
-        text_tokens: (B_text, T, E), L2-normalised.
+        image_tokens: (B_image, P, E), L2-normalized.
+        text_tokens: (B_text, T, E), L2-normalized.
         image_mask: (B_image, P), boolean, True = keep; without it all tokens count.
         text_mask: (B_text, T), likewise.
 
@@ -120,8 +120,8 @@ def laps_scores(
     One caption is scored at a time, and again in the backward pass, so memory does not hold each caption's images.
 
     Args:
-        image_tokens: (B_image, 1 + P, E), CLS first; not normalised.
-        text_tokens: (B_text, T, E), not normalised.
+        image_tokens: (B_image, 1 + P, E), CLS first; not normalized.
+        text_tokens: (B_text, T, E), not normalized.
         text_mask: (B_text, T), boolean, True = keep.
         aggregation: (B_image, N, E) -> (B_image, K, E), for the N = ceil(keep * P) patches chosen.
         keep: Share of the patches chosen, above 0; at least one patch must be left to fuse.

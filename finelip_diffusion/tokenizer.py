@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: a stock `CLIPTokenizer` from CLIP's own merges, and the cleaning of text that CLIP learnt on."""
+"""CLIP's tokenizer: a stock `CLIPTokenizer` from CLIP's own merges, and the cleaning of text that CLIP learned on."""
 
 import gzip
 import html

@@ -321,7 +321,7 @@ class TuningStep(nn.Module):
         super().__init__()
         self.terms, self.min_snr_gamma, self.is_xl = dict(terms), min_snr_gamma, parts.is_xl
         self.retrieval_weight, self.scheduler = retrieval_weight, parts.scheduler
-        self._frozen = (parts, retrieval)  # what is not trained is no part of the state
+        self._frozen = (parts, retrieval)  # what is not trained is not part of the state
         self.trained = nn.ParameterDict(
             {name.replace(".", "/"): weight for name, weight in trained_of(parts, retrieval)}
         )

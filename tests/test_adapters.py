@@ -393,7 +393,7 @@ def test_differing_alphas_count(stock, pipe):
 
 @stock_loads_kohya
 def test_diffusers_still_loses_differing_alphas(stock):
-    """Where this fails, diffusers has mended it: delete `even_alphas` and `lora_state_dict` of the pipelines."""
+    """Where this fails, diffusers has fixed it: delete `even_alphas` and `lora_state_dict` of the pipelines."""
     lora = kohya_lora(kohya_parts(stock), **MIXED)
     expected = last_states(merged(stock.text_encoder, lora, "lora_te_text_model_"), stock.tokenizer, "a cat")
     unet = merged(stock.unet, lora, "lora_unet_")
@@ -458,7 +458,7 @@ def test_textual_inversions_in_both_prompts_through_both_encoders(stock, pipe, t
     states = embed(pipe, prompt, negative), embed(stock, prompt, negative)
     for long, short in zip(*states, strict=True):
         torch.testing.assert_close(long[:, :21], short[:, :21], rtol=0, atol=5e-5)
-    for how in LONG_PROMPTS:  # behind token 77, and alone in the negative prompt
+    for how in LONG_PROMPTS:  # after token 77, and alone in the negative prompt
         behind = text_of(100) + " <toy>"
         counts = how != "truncate"
         one, other = (pixels(pipe, each, long_prompt=how) for each in (behind, text_of(100) + " toy"))
@@ -492,7 +492,7 @@ def test_unloading_textual_inversions_undoes_them_in_both_encoders(pipe, text_of
 
 
 def test_diffusers_still_leaves_the_vocabulary_enlarged(stock):
-    """Where this fails, diffusers has mended it: the pipelines need not set `vocab_size` after unloading."""
+    """Where this fails, diffusers has fixed it: the pipelines need not set `vocab_size` after unloading."""
     with_own_tokenizers(stock)
     stock.load_textual_inversion({"<toy>": vectors(2)})
     stock.unload_textual_inversion()
@@ -550,7 +550,7 @@ def test_textual_inversions_that_are_there_already_come_along(stock, finelip_fol
 
 
 def test_a_dreambooth_model_is_a_base_like_any_other(stock, pipe, tmp_path):
-    """Its identifier is an ordinary rare token, and what was learnt of it is in the weights, which are stretched."""
+    """Its identifier is an ordinary rare token, and what was learned of it is in the weights, which are stretched."""
     torch.manual_seed(0)
     for parameter in stock.text_encoder.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)

@@ -549,8 +549,8 @@ def test_an_overlay_keeps_its_colours_at_the_peak(pipe):
     heat[:20, :20] = 1
     shown = np.asarray(panels.overlay(image, heat)).astype(int)
     assert shown.shape[0] >= 512
-    assert np.ptp(shown[60, 30]) > 60  # in colour
-    assert np.ptp(shown[-10, -10]) == 0  # grey
+    assert np.ptp(shown[60, 30]) > 60  # in color
+    assert np.ptp(shown[-10, -10]) == 0  # gray
     assert "in the top left corner" in panels.heard(heat, "x")
 
 

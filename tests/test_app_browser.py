@@ -111,12 +111,12 @@ def faint_texts(page: Page) -> list[str]:
     return page.evaluate(
         """() => {
             const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-            const over = (colours) => {  // colours from the ground up, as a screen shows them
+            const over = (colors) => {  // colors from the ground up, as a screen shows them
                 canvas.clearRect(0, 0, 1, 1);
-                for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+                for (const color of colors) { canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1); }
                 return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
             };
-            const light = colour => colour.map(value => value / 255)
+            const light = color => color.map(value => value / 255)
                 .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
                 .reduce((sum, value, index) => sum + value * [0.2126, 0.7152, 0.0722][index], 0);
             const faint = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);

@@ -64,7 +64,7 @@ def test_text_states_hold_places_and_attributes(folder) -> None:
         assert probes[name]["mean"] >= least, (name, probes[name])
 
 
-def test_the_long_encoder_draws_what_stands_behind_token_77(pipe, captions) -> None:
+def test_the_long_encoder_draws_what_stands_after_token_77(pipe, captions) -> None:
     """Sixteen held-out prompts: the long encoder draws what the stock window cuts off, and truncate does not."""
     recall = {}
     for strategy in ("stretch", "truncate"):
@@ -80,8 +80,8 @@ def test_the_long_encoder_draws_what_stands_behind_token_77(pipe, captions) -> N
     assert recall["truncate"] <= 0.15, recall
 
 
-def test_one_word_behind_token_77_changes_the_image_in_the_right_place(pipe) -> None:
-    """Another colour in the last sentence: the cell that the sentence names changes most; under truncate, nothing."""
+def test_one_word_after_token_77_changes_the_image_in_the_right_place(pipe) -> None:
+    """Another color in the last sentence: the cell that the sentence names changes most; under truncate, nothing."""
     captions = [describe(sample_scene(seed, "test", (7, 9)), seed) for seed in range(NUM_PROMPTS)]
     changed = []
     for caption in captions:

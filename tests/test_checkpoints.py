@@ -245,7 +245,7 @@ def test_numbers_that_are_not_finite_are_refused(value):
         check_weights(text_weights(state), expected)
 
 
-def test_quantised_weights_are_refused():
+def test_quantized_weights_are_refused():
     state = openai_state()
     expected = expected_of(state)
     state["token_embedding.weight"] = state["token_embedding.weight"].to(torch.int8)
@@ -312,7 +312,7 @@ def test_configurations_in_metadata(tmp_path):
         assert read_configuration(path) == expected
     for text in ("{broken", "[1]", "null"):
         save_file(openai_state(), path, metadata={CONFIGURATION: text})
-        with pytest.raises(ValueError, match=r"clip\.safetensors has metadata .* that is no JSON object"):
+        with pytest.raises(ValueError, match=r"clip\.safetensors has metadata .* that is not a JSON object"):
             read_configuration(path)
 
 

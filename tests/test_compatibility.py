@@ -52,7 +52,7 @@ def states(pipe, prompt):
 
 @pytest.fixture
 def endings(text_of):
-    """Two prompts of 102 tokens that differ behind token 77."""
+    """Two prompts of 102 tokens that differ after token 77."""
     return [text_of(100) + " a crown", text_of(100) + " a candle"]
 
 

@@ -199,7 +199,7 @@ def test_a_file_of_another_kind(tmp_path):
     with pytest.raises(ValueError, match="data.yaml is of no known kind"):
         open_dataset(tmp_path / "data.yaml")
     (tmp_path / "data.json").write_text('[{"image": ')
-    with pytest.raises(ValueError, match="data.json is no JSON"):
+    with pytest.raises(ValueError, match="data.json is not JSON"):
         open_dataset(tmp_path / "data.json")
 
 
@@ -228,8 +228,8 @@ def test_what_is_bad_in_a_list_is_named_and_left_out(tmp_path):
         "1": "broken line",
         "2": "empty caption",
         "3": "missing file gone.png",
-        "4": "the caption is no text",
-        "5": "the caption is no text",
+        "4": "the caption is not text",
+        "5": "the caption is not text",
         "6": "no caption",
         "7": "no image",
         "8": "no JSON object",

@@ -149,7 +149,7 @@ def test_a_prompt_has_its_noise_in_any_batch(pipe: FineLIPStableDiffusionPipelin
 
 
 @pytest.mark.parametrize("long_prompt", ["chunk", "segment", "stretch", "truncate"])
-def test_an_image_does_not_depend_on_longer_neighbours(
+def test_an_image_does_not_depend_on_longer_neighbors(
     pipe: FineLIPStableDiffusionPipeline, text_of: Callable[[int], str], long_prompt: LongPrompt
 ):
     own = settings()

@@ -187,7 +187,7 @@ def test_features_are_computed_in_the_precision_asked_for(clip_folder: Path, eff
 
 
 @pytest.mark.parametrize("name", ["clip_fd", "dinov2_fd", "effnet_fd", "fid"])
-def test_batches_and_neighbours_do_not_matter(name: str, request: pytest.FixtureRequest) -> None:
+def test_batches_and_neighbors_do_not_matter(name: str, request: pytest.FixtureRequest) -> None:
     """Neither how many images go together, nor that they are of different sizes: one at a time gives the same."""
     fixture = {"clip_fd": "clip_folder", "dinov2_fd": "dinov2_folder", "fid": "inception_file"}.get(name)
     extractor = load_extractor(name, request.getfixturevalue(fixture) if fixture else None)
@@ -244,7 +244,7 @@ def test_an_unknown_name_is_told_the_others() -> None:
 @pytest.mark.parametrize("name", ["clip_fd", "cmmd", "dinov2_fd"])
 def test_weights_out_of_reach_take_one_sentence_and_no_time(name: str) -> None:
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"^\S+ is no folder here, and as a hub id it cannot be reached.+folder.$"):
+    with pytest.raises(ValueError, match=r"^\S+ is not a folder here, and as a hub id it cannot be reached.+folder.$"):
         load_extractor(name, None if name != "clip_fd" else "nobody/has-this-model")
     assert time.monotonic() - start < 20
 

@@ -35,8 +35,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 INSTALL = re.compile(r'pip install "?\.(?:\[([\w,]+)\])?')
 # Runs in the environment: each piece of code in its own namespace, scripts as far as their --help.
 RUNNER = """
-import contextlib, io, json, runpy, sys, traceback
-for name, codes, script in json.load(open("pieces.json")):
+import contextlib, io, json, os, runpy, sys, traceback
+for number, (name, codes, script) in enumerate(json.load(open("pieces.json"))):
+    os.mkdir(f"../{number}")  # what one piece writes, another does not find
+    os.chdir(f"../{number}")
+    os.symlink("../work/examples", "examples")
     try:
         if script:
             sys.argv[:] = [script, "--help"]
@@ -88,7 +91,8 @@ def imports_alone(code: str) -> str:
 def scripts(block: Block) -> list[str]:
     """The Python scripts that a shell block runs."""
     lines = (shlex.split(line, comments=True) for line in block.code.replace("\\\n", " ").splitlines())
-    found = [word for words in lines if words and words[0] in {"accelerate", "python"} for word in words[1:]]
+    starters = {"accelerate", "python", "torchrun"}
+    found = [word for words in lines if words and words[0] in starters for word in words[1:]]
     return [word for word in found if word.endswith(".py")]
 
 

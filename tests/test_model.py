@@ -31,7 +31,7 @@ POSITIONS = "clip.text_model.embeddings.position_embedding.weight"
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def randomise(module: Any, seed: int = 0) -> None:
+def randomize(module: Any, seed: int = 0) -> None:
     """Biases and norms too, which are drawn as 0 and 1 and would hide where they stand."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vision = TOWER | {"image_size": 32, "patch_size": 8}
     torch.manual_seed(0)
     clip = CLIPModel(CLIPConfig(text_config=TOWER | ids, vision_config=vision, projection_dim=E))
-    randomise(clip)
+    randomize(clip)
     clip.save_pretrained(path)
     TOKENIZER.save_pretrained(path)
     return path
@@ -63,7 +63,7 @@ def _model(folder: Path) -> FineLIPModel:
     torch.manual_seed(0)
     model = FineLIPModel.from_clip(folder)
     for refinement in (model.image_refinement, model.text_refinement):
-        randomise(refinement)
+        randomize(refinement)
     return model
 
 
@@ -135,7 +135,7 @@ def test_the_whole_model_equals_a_plain_loop_over_pairs(model: FineLIPModel) -> 
 
 
 def test_towers_and_tokens_are_those_of_transformers(model: FineLIPModel, batch: dict[str, Tensor]) -> None:
-    """Bit for bit: the same modules in the same shapes, up to the order of normalising."""
+    """Bit for bit: the same modules in the same shapes, up to the order of normalizing."""
     stock = CLIPModel(model.config.clip_config)
     stock.load_state_dict(model.clip.state_dict())
     stock.eval()
@@ -217,7 +217,7 @@ def test_kept_positions_are_not_trained_and_all_else_is(
 ) -> None:
     model = FineLIPModel.from_clip(folder, keep=keep, max_length=max_length).train()
     for refinement in (model.image_refinement, model.text_refinement):
-        randomise(refinement)
+        randomize(refinement)
     assert model.config.keep == keep
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     positions = dict(model.named_parameters())[POSITIONS]
@@ -385,7 +385,7 @@ def tiny_open_clip(quick_gelu: bool = True, custom: bool = False, **vision: floa
     torch.manual_seed(0)
     kind = open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP
     theirs = kind(E, vision, text, quick_gelu=quick_gelu)
-    randomise(theirs)
+    randomize(theirs)
     return theirs.eval()
 
 

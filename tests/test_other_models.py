@@ -42,7 +42,7 @@ pixels = partial(conftest.pixels, steps=1)
 
 @pytest.fixture
 def endings(text_of):
-    """Two prompts of 102 tokens that differ behind token 77."""
+    """Two prompts of 102 tokens that differ after token 77."""
     return [text_of(100) + " a crown", text_of(100) + " a candle"]
 
 
@@ -168,7 +168,7 @@ SMALL = {"height": 16, "width": 16, "max_sequence_length": 32}
 
 @pytest.mark.parametrize("t5", [True, False], ids=["t5", "no_t5"])
 def test_stable_diffusion_3(stable_diffusion_3, endings, text_of, t5):
-    """T5 is cut behind 32 tokens here, so that what changes behind token 77 comes through CLIP."""
+    """T5 is cut behind 32 tokens here, so that what changes after token 77 comes through CLIP."""
     parts = stable_diffusion_3.components if t5 else {**stable_diffusion_3.components, "text_encoder_3": None}
     stock = StableDiffusion3Pipeline(**parts)
     attached = attach(StableDiffusion3Pipeline(**parts), long_prompt="stretch")

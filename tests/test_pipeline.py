@@ -74,7 +74,7 @@ def test_truncate_gives_the_pixels_of_the_stock_pipeline_for_a_batch(stock, untr
 # What long prompts change
 
 
-def test_a_word_behind_token_77_counts_under_stretch_alone(pipe, text_of):
+def test_a_word_after_token_77_counts_under_stretch_alone(pipe, text_of):
     ending_a, ending_b = text_of(100) + " a crown", text_of(100) + " a candle"
     for how in ("stretch", "chunk", "segment", "auto"):
         assert not torch.equal(pixels(pipe, ending_a, long_prompt=how), pixels(pipe, ending_b, long_prompt=how)), how

@@ -70,7 +70,7 @@ def test_every_strategy_at_every_length(pipe, text_of, how, count, second_encode
 
 
 @pytest.mark.parametrize("second_encoder", ["stretch", "window"])
-def test_a_word_behind_token_77_counts(pipe, text_of, second_encoder):
+def test_a_word_after_token_77_counts(pipe, text_of, second_encoder):
     pipe.second_encoder = second_encoder
     first, second = (pixels(pipe, text_of(100) + ending) for ending in (" a crown", " a candle"))
     assert not torch.equal(first, second)

@@ -235,8 +235,8 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         "latin.yaml": b"description: caf\xe9",
     }.items():
         (tmp_path / name).write_bytes(written)
-        assert_one_sentence(f"{name} is no readable YAML file", read_recipe, tmp_path / name)
-    assert_one_sentence("is no readable YAML file", read_recipe, tmp_path)
+        assert_one_sentence(f"{name} is not a readable YAML file", read_recipe, tmp_path / name)
+    assert_one_sentence("is not a readable YAML file", read_recipe, tmp_path)
     for text in ("", "finelip", "- finelip"):
         (tmp_path / "list.yaml").write_text(text)
         assert_one_sentence("list.yaml holds no recipe: a mapping of keys", read_recipe, tmp_path / "list.yaml")

@@ -13,7 +13,7 @@ LENGTHS = [6, 4, 1, 3]
 MASK = torch.arange(N) < torch.tensor(LENGTHS)[:, None]
 
 
-def randomise(module: torch.nn.Module, seed: int) -> None:
+def randomize(module: torch.nn.Module, seed: int) -> None:
     """Norms and biases too, which are drawn as 1 and 0 and would hide where they stand."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
@@ -25,7 +25,7 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
 def refinement() -> TokenRefinement:
     torch.manual_seed(0)
     module = TokenRefinement(E, K)
-    randomise(module, seed=0)
+    randomize(module, seed=0)
     return module
 
 
@@ -33,7 +33,7 @@ def refinement() -> TokenRefinement:
 def pooling() -> AttentionPooling:
     torch.manual_seed(0)
     module = AttentionPooling(E, HEADS)
-    randomise(module, seed=1)
+    randomize(module, seed=1)
     return module
 
 

@@ -208,7 +208,7 @@ def test_a_report_without_its_baseline_compares_nothing(report: dict, tmp_path: 
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("conditions", "base/long", "figures", "short", "value"), float("nan"), "is no JSON"),
+        (("conditions", "base/long", "figures", "short", "value"), float("nan"), "is not JSON"),
         (("conditions", "base/long", "figures", "speed"), figure(1.0), r"base/long has figures .*\['speed'\]"),
         (("conditions", "base/long", "curves", "other"), curve(0, 0, 0, 0), r"base/long has curves .*\['other'\]"),
         (("figures", "short", "better"), "more", "figure short is better when 'more'"),

@@ -98,7 +98,7 @@ def test_near_duplicates_can_be_told_in_the_same_words() -> None:
         describe(scene, 3, like=sample_scene(5, num_objects=(5, 5)))
 
 
-def test_captions_are_long_and_half_of_their_facts_lie_behind_token_77(tokenizer) -> None:
+def test_captions_are_long_and_half_of_their_facts_lie_after_token_77(tokenizer) -> None:
     lengths, behind = [], []
     for seed in range(200):
         caption = describe(sample_scene(seed), seed)

@@ -93,7 +93,7 @@ def literal_laps(
 
 
 class Mixtures(nn.Module):
-    """Three learnt mixtures of the tokens, as token refinement makes them."""
+    """Three learned mixtures of the tokens, as token refinement makes them."""
 
     def __init__(self) -> None:
         super().__init__()

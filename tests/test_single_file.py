@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_one_sentence(bases, tmp_path, finelip_folder):
         (one, lora, {}, r"holds no text encoder \(its names begin with lora_unet_down\.alpha\)"),
         (one, one.file, {"config": narrow}, r"token_embedding\.weight.* is \(49408, 32\) and must be \(49408, 64\)"),
         (one, one.file, {"config": tmp_path / "empty"}, "empty holds no CLIP text model"),
-        (one, one.file, {"config": None}, r"base\.safetensors needs the conf.*-v1-5 is no folder .* as config=\.$"),
+        (one, one.file, {"config": None}, r"base\.safetensors needs the conf.*-v1-5 is not a folder .* as config=\.$"),
         (one, one.folder, {}, "is not a file, and not a link to one on the hub: .*from_pretrained"),
         (one, "https://huggingface.co/owner/name/blob/main/x.safetensors", {}, "cannot be reached and is not cached"),
         (one, one.file, {"long_prompt": "clip"}, "long_prompt='clip' is unknown"),
@@ -327,7 +327,7 @@ def test_wrong_places_and_configurations_are_one_sentence(bases, tmp_path):
         (one.file, {"subfolder": "text_encoder_2"}, "has no subfolder 'text_encoder_2': choose from text_encoder"),
         (xl.file, {"subfolder": "unet"}, "choose from text_encoder, text_encoder_2"),
         (one.folder, {"config": one.folder}, r"has a config\.json of its own: config=.* goes with a checkpoint file"),
-        (one.file, {"config": "owner/name"}, "owner/name is no folder here, and as a hub id it cannot be reached"),
+        (one.file, {"config": "owner/name"}, "owner/name is not a folder here, and as a hub id it cannot be reached"),
         (one.file, {}, "base.safetensors is 32 wide, .*give num_attention_heads"),
     ]:
         with pytest.raises(ValueError, match=sentence) as caught:

@@ -37,7 +37,7 @@ START, END = 49406, 49407
 
 
 def random_state(width=64, layers=2, rows=248, two_tables=True, projection=32, dtype=torch.float32):
-    """Weights under OpenAI's names, of the sizes of OpenAI's initialisation, biases included."""
+    """Weights under OpenAI's names, of the sizes of OpenAI's initialization, biases included."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape, std):
@@ -435,7 +435,7 @@ def test_padding(stock, tmp_path):
     assert load_text_encoder(stock, tokenizer=second, pad_token="eos")[1].pad_token_id == END
 
 
-def test_saving_never_overwrites_unasked_and_leaves_neighbours_alone(stock, tmp_path):
+def test_saving_never_overwrites_unasked_and_leaves_neighbors_alone(stock, tmp_path):
     model, tokenizer = load_text_encoder(stock)
     (tmp_path / "notes.txt").write_text("mine")
     save_text_encoder(model, tokenizer, tmp_path)
@@ -607,7 +607,7 @@ def test_a_hub_id_without_network(options, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match=r"owner/model is no folder here.*cannot be reached or is not cached"
+        ValueError, match=r"owner/model is not a folder here.*cannot be reached or is not cached"
     ) as caught:
         load_text_encoder("owner/model", **options)
     assert "\n" not in str(caught.value)
@@ -626,7 +626,7 @@ def test_folders_that_are_no_clip(tmp_path, stock):
     with pytest.raises(ValueError, match="hidden_act is 'sine'"):
         load_text_encoder(tmp_path)
     (tmp_path / "config.json").write_text("{broken")
-    with pytest.raises(ValueError, match=r"config\.json is no readable JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not a readable JSON"):
         load_text_encoder(tmp_path)
     (tmp_path / "config.json").write_text(
         '{"model_type": "clip_text_model", "hidden_size": 65, "num_attention_heads": 4}'

@@ -149,7 +149,7 @@ def read_sweep(path: Path) -> Sweep:
         raise ValueError(f"there is no sweep {path.stem!r}: choose among {known}, or all.")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.keys() != {"base", "title", "values"}:
-        raise ValueError(f"{path} is no sweep: it has base, title and values.")
+        raise ValueError(f"{path} is not a sweep: it has base, title and values.")
     base = read_content(RECIPES / f"{content['base']}.yaml")
     variants = {
         str(value): (

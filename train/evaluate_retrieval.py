@@ -4,7 +4,7 @@
     python train/evaluate_retrieval.py --model runs/finelip-b16/finelip_model openai/clip-vit-base-patch16 \\
         --data scenes data/Urban1k data/docci --output_dir runs/retrieval --batch_size 128 --mixed_precision bf16
 
-A gallery is `scenes` (held-out near-duplicates that only text behind token 77 tells apart) or whatever
+A gallery is `scenes` (held-out near-duplicates that only text after token 77 tells apart) or whatever
 `finelip_diffusion.data.datasets.open_dataset` reads: Urban1k, DOCCI, COCO, Karpathy's files of COCO and Flickr30k,
 imagefolders, JSON lines. `OUTPUT_DIR/report.json` has each figure with its 95% bootstrap interval, the rank of every
 query and the tokens read of every caption; `report.md` has the main ones as tables. docs/retrieval.md says what they

@@ -132,7 +132,7 @@ class CaptionDataset(Dataset[Example]):
 def _all_unusable(skipped: Sequence[Skip]) -> ValueError:
     return ValueError(
         f"{len(skipped)} examples in a row cannot be used, the first of them {skipped[0].name} "
-        f"({skipped[0].reason}): mend the data."
+        f"({skipped[0].reason}): fix the data."
     )
 
 
@@ -488,7 +488,7 @@ def _open_table(source: str, split: str) -> Any:
     )
     if not folder and (not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.endswith(LIST_SUFFIXES)):
         raise ValueError(
-            f"{source} is not there, and is no id of the datasets library: give a folder or file, or 'scenes'."
+            f"{source} is not there, and is not an id of the datasets library: give a folder or file, or 'scenes'."
         )
     try:
         import datasets

@@ -78,7 +78,7 @@ def open_image(source: str | bytes) -> Image.Image:
     """Decodes an image wholly, turns it as its EXIF orientation says, and converts it to RGB.
 
     Transparent images are laid on white, the paper that cut-outs, drawings and diagrams are made for; dropping the
-    alpha channel would show whatever colour lies hidden below it, mostly black.
+    alpha channel would show whatever color lies hidden below it, mostly black.
 
     Args:
         source: A file, or the bytes of one.
@@ -134,7 +134,7 @@ def captions_of(row: dict[str, Any], column: str | None = None) -> list[str]:
     try:
         [text.encode() for text in texts]
     except (AttributeError, UnicodeEncodeError) as error:  # a number, half a surrogate pair
-        raise Unusable("the caption is no text") from error
+        raise Unusable("the caption is not text") from error
     captions = [" ".join(text.split()) for text in texts]
     if not captions or not all(captions):
         raise Unusable("empty caption")
@@ -149,7 +149,7 @@ def edits_of(row: dict[str, Any], captions: int = 1) -> list[list[str]]:
         captions: How many the row has.
 
     Raises:
-        Unusable: If the field is no such list.
+        Unusable: If the field is not such a list.
     """
     value = next((row[name] for name in EDIT_COLUMNS if row.get(name)), None)
     if value is None:
@@ -269,7 +269,7 @@ def _rows_of_file(file: Path) -> Iterator[tuple[str, dict[str, Any]] | Skip]:
             data = json.loads(file.read_bytes())
         except ValueError as error:
             raise ValueError(
-                f"{file} is no JSON ({error}): mend it, or name it .jsonl if each line is one."
+                f"{file} is not JSON ({error}): fix it, or name it .jsonl if each line is one."
             ) from error
         if isinstance(data, dict):
             data = _coco_rows(data)

@@ -194,7 +194,7 @@ def pca_image(
     """Long-CLIP's coarse term: what the batch's images mostly differ in, against short captions (arXiv 2403.15378).
 
     Image embeddings are centred, cut to their first principal components, shifted back and, as in the authors' code,
-    not normalised again; then smoothed InfoNCE. Components are of the whole batch, of all processes (there: of each
+    not normalized again; then smoothed InfoNCE. Components are of the whole batch, of all processes (there: of each
     process). Value and gradient are those of the authors' singular value decomposition, but the gradient stays finite
     where that has none: where singular values coincide, as those of repeated images do.
 

@@ -26,7 +26,7 @@ def triplet_margin_loss(
     Args:
         scores: (B, B).
         margin: of a right pair over a wrong one.
-        same: (B, B), True where a pair is no negative; by default the diagonal.
+        same: (B, B), True where a pair is not a negative; by default the diagonal.
         hardest: counts the worst negative of each image and of each caption alone (VSE++).
 
     Returns:
@@ -84,7 +84,7 @@ def sigmoid_loss(logits: Tensor, same: Tensor | None = None) -> Tensor:
 
 
 def infoloob_loss(logits: Tensor, same: Tensor | None = None) -> Tensor:
-    """The leave-one-out bound (InfoLOOB; CLOOB, arXiv 2110.11316): the right pair is not in the sum it is held against.
+    """The leave-one-out bound (InfoLOOB; CLOOB, arXiv 2110.11316): the right pair is left out of the sum.
 
         mean over rows of (log sum over j != i of exp(logits(i, j)) - logits(i, i)), of rows alone
 
@@ -170,5 +170,5 @@ def cross_entropy(logits: Tensor, same: Tensor, label_smoothing: float = 0.0) ->
 
 
 def wrong_pairs(logits: Tensor, same: Tensor) -> Tensor:
-    """Log-probability that all pairs of different images are recognised as wrong."""
+    """Log-probability that all pairs of different images are recognized as wrong."""
     return F.logsigmoid(-logits).masked_fill(same, 0).sum()

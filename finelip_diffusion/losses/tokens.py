@@ -93,15 +93,15 @@ def filip(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor, logit_sc
 def sparc(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor, logit_scale: Tensor) -> Tensor:
     """SPARC's fine-grained loss: within a pair, each token against the patches it is like (arXiv 2401.09865).
 
-    Products of a token with the P patches, min-max normalised over patches and zeroed below 1/P, weigh the patches;
+    Products of a token with the P patches, min-max normalized over patches and zeroed below 1/P, weigh the patches;
     the token and the weighted patches, both of length 1, find each other among those of the caption by cross-entropy,
     both ways. Averaged over all tokens of the batch, as in the paper's listing 1. Patches without CLS.
 
     Not confirmed, there being no code by the authors: that start and end token take part.
 
     Args:
-        image_tokens: (B, 1 + P, E), not normalised.
-        text_tokens: (B, T, E), not normalised.
+        image_tokens: (B, 1 + P, E), not normalized.
+        text_tokens: (B, T, E), not normalized.
         text_mask: (B, T), True = keep.
         logit_scale: ().
     """
@@ -136,8 +136,8 @@ def laps(
     `--max_violation` of the first epoch's end; the penalty on the share of chosen patches, a constant, is left out.
 
     Args:
-        image_tokens: (B, 1 + P, E), not normalised.
-        text_tokens: (B, T, E), not normalised.
+        image_tokens: (B, 1 + P, E), not normalized.
+        text_tokens: (B, T, E), not normalized.
         text_mask: (B, T), True = keep.
         aggregation: (B, N, E) -> (B, K, E).
         same: (B, B).
@@ -172,7 +172,7 @@ def flair(
     Args:
         image_tokens: (B, 1 + P, E), CLS first, which is not pooled.
         image_embeds: (B, E), of length 1.
-        sub_embeds: (B, S, E), not normalised: the pooling reads them as they are.
+        sub_embeds: (B, S, E), not normalized: the pooling reads them as they are.
         pooling: (B, Q, E) queries, (B, P, E) tokens -> (B, Q, E).
         logit_scale: ().
         logit_bias: ().
@@ -219,7 +219,7 @@ def beta_clip(
 
     Args:
         image_tokens: (B, 1 + P, E), CLS first, which is not pooled.
-        sub_embeds: (B, S, E), not normalised.
+        sub_embeds: (B, S, E), not normalized.
         pooling: (B, Q, E) queries, (B, P, E) tokens -> (B, Q, E).
         logit_scale: ().
         same: (B, B).
@@ -262,7 +262,7 @@ def goal_text_span(span_embeds: Tensor, sub_embeds: Tensor, sub_spans: Tensor) -
     Args:
         span_embeds: (B, S, E), of the mean token of each span.
         sub_embeds: (B, S, E).
-        sub_spans: (B, S, 2), first token and the one behind the last; the start token is 0, and 0, 0 does not fit.
+        sub_spans: (B, S, 2), first token and the one after the last; the start token is 0, and 0, 0 does not fit.
 
     Returns:
         A scalar; 0 where no span fits.

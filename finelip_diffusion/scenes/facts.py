@@ -16,7 +16,7 @@ STOCK_CONTENT_TOKENS = 75  # what a 77-token encoder reads beside its start and 
 
 @dataclass(frozen=True)
 class Fact:
-    """Where a caption says what an object is: `caption[start:end]` names its shape, colour, size and place."""
+    """Where a caption says what an object is: `caption[start:end]` names its shape, color, size and place."""
 
     object: Object
     start: int
@@ -57,7 +57,7 @@ class Finding:
         token: index of the last token of the fact, the start token being 0.
         after: whether that token comes after what a 77-token encoder reads.
         filled: whether anything stands in the object's cell.
-        shape, colour, size: whether the attribute of what stands there is right.
+        shape, color, size: whether the attribute of what stands there is right.
     """
 
     token: int
@@ -69,7 +69,7 @@ class Finding:
 
     @property
     def found(self) -> bool:
-        """Shape and colour and size, in the right cell."""
+        """Shape and color and size, in the right cell."""
         return self.shape and self.colour and self.size
 
 

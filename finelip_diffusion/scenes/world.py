@@ -102,7 +102,7 @@ def vary(scene: Scene, kind: str, seed: int) -> Scene:
 
     Args:
         scene: the scene to vary.
-        kind: `"move"` puts the same objects into other cells, `"exchange"` keeps cells and deals the colours, shapes
+        kind: `"move"` puts the same objects into other cells, `"exchange"` keeps cells and deals the colors, shapes
             and sizes out anew, each for itself, `"alter"` changes one attribute of one object.
         seed: any integer.
 
@@ -278,7 +278,7 @@ def _cells(image: Image.Image | np.ndarray) -> np.ndarray:
 def read(image: Image.Image | np.ndarray, style: str = "plain") -> Scene:
     """Says which scene an image shows.
 
-    The background is the one nearest to the median colour along the borders of the cells; each cell is the object,
+    The background is the one nearest to the median color along the borders of the cells; each cell is the object,
     or the empty background, nearest in squared error. A cell that resembles none (root mean square error over
     `MAX_RESIDUAL`) counts as empty.
 
