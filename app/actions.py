@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from html import escape
 from threading import Event
 from typing import Any
 from urllib.parse import parse_qsl
@@ -19,7 +20,7 @@ from png_settings import found_in
 from results import Frame
 from scene_reader import Reader
 from settings import Settings, as_record, as_settings, checked, checked_text, new_seed
-from studio import Picture, Step, Stopped, Studio, Waiting
+from studio import Picture, Stopped, Studio, Waiting
 
 from finelip_diffusion.prompts import sentence_spans
 
@@ -75,25 +76,28 @@ class Actions:
 
     # ----------------------------------------------------------------------------------------------------- drawing
 
-    def begin(self, request: gr.Request) -> dict[str, Any]:
-        """Compare or Draw was clicked: what this window drew until now ends, and Stop appears."""
+    def begin(self, request: gr.Request) -> tuple[str, Any]:
+        """Compare or Draw was clicked, and what this window drew until now ends: (told, Stop, which appears)."""
         self.studio.begin(request.session_hash)
-        return gr.update(visible=True)
+        return panels.HINT, gr.update(visible=True)
 
     def stop(self, request: gr.Request) -> None:
         """Ends what this window draws, after the step that is under way, or at once while it waits."""
         self.studio.visit(request.session_hash).stop.set()
 
     def draw(self, request: gr.Request, state: Any, keep_seed: bool, *values: Any) -> Iterator[tuple]:
-        """Yields (results, history, seed, which, sentences, Stop), step by step."""
+        """Yields (told, results, history, seed, which, sentences, Stop), step by step."""
         yield from self._told(request, lambda stop: self._draw(stop, _visitor(state), _settings(keep_seed, values)))
 
     def compare(self, request: gr.Request, state: Any, keep_seed: bool, *values: Any) -> Iterator[tuple]:
-        """Yields (results, history, seed, which, sentences, Stop), step by step."""
+        """Yields (told, results, history, seed, which, sentences, Stop), step by step."""
         yield from self._told(request, lambda stop: self._compare(stop, _visitor(state), _settings(keep_seed, values)))
 
     def _told(self, request: gr.Request, draw: Any) -> Iterator[tuple]:
-        """A drawing's events. Where it ends early the last one says why; one that was replaced says nothing more."""
+        """A drawing's events; one that was replaced says nothing more.
+
+        Where a drawing is refused, what was shown before stays, and a line below the buttons says why.
+        """
         visit = self.studio.visit(request.session_hash)
         stop = visit.stop
         try:
@@ -105,10 +109,9 @@ class Actions:
         except gr.Error as error:
             if visit.stop is not stop:
                 return
-            frame = Frame("Nothing drawn", error.message)
-            yield results.frames([frame], results.line(error.message)), *[gr.skip()] * 4, gr.update(visible=False)
             if not isinstance(error.__cause__, Stopped):
-                raise
+                gr.Warning(escape(error.message), title="Not drawn")  # raised, it would leave "Error" in every output
+            yield panels.note(error.message), *[gr.skip()] * 5, gr.update(visible=False)
 
     def _draw(self, stop: Event, visitor: str, settings: Settings) -> Iterator[tuple]:
         labels = [f"Seed {settings.seed + number}" for number in range(settings.num_images)]
@@ -124,26 +127,41 @@ class Actions:
     def _drawn(
         self, stop: Event, visitor: str, kind: str, requests: list[Settings], labels: list[str]
     ) -> Iterator[tuple]:
-        """The events of one drawing: frames that fill, then everything that comes with finished pictures."""
+        """The events of one drawing: frames that fill, then everything that comes with finished pictures.
+
+        One that ends early keeps what is finished, and says in the other frames why it ended.
+        """
         settings, request, seconds = requests[0], new_request(), 0.0
         kept: list[Kept] = []
-        shape = self._shape(settings)
+        shape, words = self._shape(settings), ""
         frames = [Frame(label, "waiting", shape=shape) for label in labels]
-        for event in self.studio.draw(requests, stop):
-            if isinstance(event, Waiting):
-                words = f"Waiting: {event.before} before you."
-            elif isinstance(event, Step):
-                words = f"Drawing {len(kept) + 1} of {len(labels)}." if len(labels) > 1 else "Drawing."
-                frames[len(kept)] = results.under_way(labels[len(kept)], event, shape)
-            else:
-                picture = self.album.add(visitor, event, request, kind, len(kept))
-                self.studio.remember(picture.path.name, event)
-                frames[len(kept)] = results.finished(labels[len(kept)], picture, self.reader)
-                kept.append(picture)
-                seconds += event.seconds
-                continue
-            yield results.frames(frames, words, self._below(kind, settings, kept)), *[gr.skip()] * 5
+        try:
+            with readable():
+                for event in self.studio.draw(requests, stop):
+                    number = len(kept)
+                    if isinstance(event, Picture):
+                        picture = self.album.add(visitor, event, request, kind, number)
+                        self.studio.remember(picture.path.name, event)
+                        frames[number] = results.finished(labels[number], picture, self.reader)
+                        kept.append(picture)
+                        seconds += event.seconds
+                        continue
+                    if isinstance(event, Waiting):
+                        words = f"Waiting: {event.before} before you."
+                        frames[0] = replace(frames[0], words=words.rstrip("."))
+                    else:
+                        words = f"Drawing {number + 1} of {len(labels)}." if len(labels) > 1 else "Drawing."
+                        frames[number] = results.under_way(labels[number], event, shape)
+                    yield gr.skip(), results.frames(frames, words, self._below(kind, settings, kept)), *[gr.skip()] * 5
+        except gr.Error as error:
+            if words:
+                frames = [item if item.save else replace(item, words=error.message, share=None) for item in frames]
+                ended = results.frames(frames, results.line(error.message), self._below(kind, settings, kept))
+                listening = self._to_listen(kept) if kept else (gr.skip(), gr.skip())
+                yield gr.skip(), ended, self._history(visitor), gr.skip(), *listening, gr.skip()
+            raise
         yield (
+            gr.skip(),
             self._shown(kept, f"Drawn in {seconds:.1f} s."),
             self._history(visitor),
             settings.seed,
@@ -282,7 +300,7 @@ class Actions:
                 shown, listened = self._shown(last), self._to_listen(last)
         except (ValueError, OSError):
             logger.exception("the last pictures of a visitor could not be shown")
-        fresh = {"visitor": visitor, "values": list(controls), "again": state.get("again")}
+        fresh = {"visitor": visitor, "values": list(controls)}
         return fresh, told, shown, self._history(visitor), *listened, *controls
 
     def _remembered(self, values: Any) -> tuple:

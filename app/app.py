@@ -34,14 +34,13 @@ from studio import MAX_WAITING, Studio
 GUIDANCE_SCALES = {True: 3.0, False: 7.5}  # by whether the model draws scenes
 MAX_THREADS = 120  # one for each request in line, and some for those who type
 FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp"]
-HINT = "<p class='hint'>Compare draws three times, from the same noise (Ctrl + Enter).</p>"
 
 # What the browser does by itself: page.js has the functions.
 REMEMBER = "(state, ...values) => page.remember(state, values)"
-BEGIN = "state => page.begin(state, '%s')"
-END = "state => ({ ...state, again: null })"
+BEGIN = "() => page.begin('%s')"
+END = "() => page.end()"
 ENTER = "state => [state, location.hash]"
-GO_ON = "state => page.goOn(state)"
+GO_ON = "() => page.goOn()"
 COPY_LINK = f"(...values) => page.copyLink({[item.name for item in fields(Settings)]}, values)"
 CLICKED_SENTENCE = """
 element.addEventListener('click', event => {
@@ -79,7 +78,7 @@ def look() -> dict[str, Any]:
     }
     head = f"<script>{files['js']}</script>"
     # A thread for each request that waits in line, and some for those who type.
-    return {"theme": theme, "css": files["css"], "head": head, "footer_links": ["api"], "max_threads": MAX_THREADS}
+    return {"theme": theme, "css": files["css"], "head": head, "footer_links": [], "max_threads": MAX_THREADS}
 
 
 def build_demo(
@@ -126,7 +125,7 @@ def build_demo(
                     compare = gr.Button("Compare", variant="primary", elem_id="compare", min_width=0)
                     draw = gr.Button("Draw one", elem_id="draw", min_width=0)
                     stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=0, visible=False)
-                told = gr.HTML(HINT, elem_id="told")
+                told = gr.HTML(panels.HINT, elem_id="told")
             small = "small-pictures" if scenes else ""
             with gr.Column(elem_id="results", elem_classes=small, min_width=0), gr.Tabs(elem_id="tabs"):
                 with gr.Tab("Pictures", id="pictures"):
@@ -218,13 +217,13 @@ def build_demo(
 
         listening = [which, sentences]
         for button, drawing, kind in ((compare, actions.compare, "compare"), (draw, actions.draw, "draw")):
-            begun = button.click(None, state, state, js=BEGIN % kind, trigger_mode="multiple", **at_once)
-            begun = begun.then(actions.begin, None, stop, trigger_mode="multiple", **at_once)
+            begun = button.click(None, js=BEGIN % kind, trigger_mode="multiple", **at_once)
+            begun = begun.then(actions.begin, None, [told, stop], trigger_mode="multiple", **at_once)
             drawn = begun.then(
-                drawing, [state, *controls], [shown, history, seed, *listening, stop],
+                drawing, [state, *controls], [told, shown, history, seed, *listening, stop],
                 concurrency_limit=None, trigger_mode="multiple", **page,
             )  # fmt: skip
-            drawn.then(None, state, state, js=END, trigger_mode="multiple", **at_once)
+            drawn.then(None, js=END, trigger_mode="multiple", **at_once)
         # Without gradio's `cancels`: a step that comes after it would stay in its frame for good.
         stop.click(actions.stop, **at_once)
 
@@ -237,7 +236,7 @@ def build_demo(
         link.click(None, values, told, js=COPY_LINK, **at_once)
         demo.load(
             actions.enter, [state, fragment], [state, told, shown, history, *listening, *controls], js=ENTER, **at_once
-        ).then(None, state, state, js=GO_ON, **at_once).then(**typed, **at_once)
+        ).then(None, js=GO_ON, **at_once).then(**typed, **at_once)
         demo.unload(actions.leave)
     return demo.queue(api_open=False)
 

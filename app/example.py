@@ -1,7 +1,6 @@
 """The comparison that the page shows first; `make_example.py` draws it ahead, on the bundled model."""
 
 import base64
-from dataclasses import replace
 from pathlib import Path
 
 import results
@@ -33,8 +32,7 @@ def shown(reader: Reader) -> str:
     kept = pictures()
     settings = kept["stretch"].settings
     frames = [
-        replace(results.finished(STRATEGIES[name], picture, reader, _data_uri(picture.path)), save="")
-        for name, picture in kept.items()
+        results.finished(STRATEGIES[name], picture, reader, _data_uri(picture.path)) for name, picture in kept.items()
     ]
     line = (
         '<span class="own"><b class="badge">Example</b> Drawn ahead from the prompt in the box, three times from the '

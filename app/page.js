@@ -113,27 +113,48 @@ for (const name of ['dragover', 'drop', 'dragleave']) {
 }
 
 /* ------------------------------------------------------------------------------------------- drawing, and what comes back */
-let entered = false;
+let entered = false, running = 0;
 
 function remember(state, values) {
   return entered ? { ...state, values } : state;
 }
 
-function begin(state, kind) {
+function begin(kind) {
   const results = $('#results'), { top } = results.getBoundingClientRect();
   const calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
   const tab = results.querySelector('[role=tab]');
   if (tab.getAttribute('aria-selected') !== 'true') tab.click();
   if (top < 0 || top > innerHeight / 2) results.scrollIntoView({ behavior: calm ? 'auto' : 'smooth' });
-  return { ...state, again: kind };
+  running++;
+  sessionStorage.setItem('finelip-drawing', kind);
 }
 
-/* The page has been opened. What was being drawn when it was left is drawn again: the same noise gives the same picture. */
-function goOn(state) {
+function end() {
+  if (!--running) sessionStorage.removeItem('finelip-drawing');
+}
+
+/* A tab is left, perhaps because a server that was away is back, and gradio loads its page again: to the letter. */
+addEventListener('pagehide', () => {
+  const area = box(), at = document.activeElement === area ? [area.selectionStart, area.selectionEnd] : null;
+  if (entered) sessionStorage.setItem('finelip-typing', JSON.stringify({ text: area.value, at }));
+});
+
+/* The page has been opened. What this tab was drawing is drawn again: the same noise gives the same picture. */
+function goOn() {
   entered = true;
+  const { text, at } = JSON.parse(sessionStorage.getItem('finelip-typing')) ?? {}, area = box();
+  const drawing = sessionStorage.getItem('finelip-drawing');
   if (location.hash) history.replaceState(null, '', location.pathname + location.search);
-  if (state.again) setTimeout(() => $(`#${state.again}`).click(), 300);
-  return { ...state, again: null };
+  else if (text !== undefined && text !== area.value) {
+    area.value = text;
+    area.dispatchEvent(new Event('input', { bubbles: true }));
+  }
+  if (at && document.activeElement === document.body) {
+    touched = true;
+    area.focus({ preventScroll: true });
+    area.setSelectionRange(...at);
+  }
+  if (drawing) setTimeout(() => $(`#${drawing}`).click(), 300);
 }
 
 async function copyLink(names, values) {
@@ -152,5 +173,5 @@ async function copyLink(names, values) {
   }
 }
 
-window.page = { remember, begin, goOn, copyLink, entered: () => entered };
+window.page = { remember, begin, end, goOn, copyLink, entered: () => entered };
 })();

@@ -1,4 +1,4 @@
-"""What the page shows as HTML: the meter, the prompt as it was read, progress, verdicts, sentences to listen to."""
+"""What the page shows beside results, as HTML: names, the meter, notes, sentences and where they were heard."""
 
 import json
 from html import escape
@@ -27,6 +27,7 @@ NAMES = {  # of settings, in sentences
     "guidance_scale": "guidance", "width": "width", "height": "height", "weighting": "what brackets mean",
 }  # fmt: skip
 COMPARED = ("truncate", "chunk", "stretch")
+HINT = "<p class='hint'>Compare draws three times, from the same noise (Ctrl + Enter).</p>"
 HEAT = np.array([255, 122, 0], dtype=np.float32)
 
 
@@ -43,6 +44,12 @@ def meter(stock: Reading, long: Reading, raw: str) -> str:
         f'<div class="meter" data-cuts="{escape(json.dumps(cuts(stock, long, raw)))}">{"".join(rows)}'
         f'<p class="stops" role="status">{_stops(stock, long)}</p></div>'
     )
+
+
+def named(label: str) -> str:
+    """A label as HTML: what stands in brackets goes below it, smaller."""
+    name, bracket, rest = label.partition(" (")
+    return escape(name) + (f" <small>({escape(rest)}</small>" if bracket else "")
 
 
 def _bar(name: str, reading: Reading) -> str:
@@ -132,7 +139,7 @@ def sentences(picture: Picture, chosen: int | None = None) -> str:
 
 
 def overlay(image: Image.Image, heat: np.ndarray, side: int = 512) -> Image.Image:
-    """The picture in grey, in colour where attention is, with a ring around the peak.
+    """The picture in gray, in color where attention is, with a ring around the peak.
 
     Args:
         image: The picture.
@@ -148,15 +155,15 @@ def overlay(image: Image.Image, heat: np.ndarray, side: int = 512) -> Image.Imag
     spread = heat.max() - heat.min()
     level = (heat - heat.min()) / (spread if spread else 1)
     mask = np.asarray(Image.fromarray(level.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))[..., None]
-    grey = pixels.mean(2, keepdims=True) * 0.45 + 130
-    shown = (1 - mask) * grey + mask * (0.7 * pixels + 0.3 * HEAT)
+    gray = pixels.mean(2, keepdims=True) * 0.45 + 130
+    shown = (1 - mask) * gray + mask * (0.7 * pixels + 0.3 * HEAT)
     result = Image.fromarray(shown.clip(0, 255).astype(np.uint8))
     row, column = np.unravel_index(heat.argmax(), heat.shape)
     x, y, radius = (column + 0.5) / heat.shape[1] * size[0], (row + 0.5) / heat.shape[0] * size[1], max(size) / 30
     x, y = (min(max(at, radius), length - radius) for at, length in zip((x, y), size, strict=True))  # all of the ring
     draw = ImageDraw.Draw(result)
-    for width, colour in ((6, "black"), (3, "white")):
-        draw.ellipse([x - radius, y - radius, x + radius, y + radius], outline=colour, width=width)
+    for width, color in ((6, "black"), (3, "white")):
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], outline=color, width=width)
     return result
 
 

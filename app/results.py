@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from album import Kept
-from panels import STRATEGIES
+from panels import STRATEGIES, named
 from PIL import Image
 from scene_reader import Reader, in_words
 from studio import Step
@@ -82,7 +82,7 @@ def _figure(frame: Frame) -> str:
         )
     width, height = frame.shape
     return (
-        f"<figure><figcaption>{escape(frame.label)}</figcaption>"
+        f"<figure><figcaption>{named(frame.label)}</figcaption>"
         f'<div class="screen" style="aspect-ratio: {width} / {height}">{"".join(parts)}</div>'
         f'<div class="found">{frame.found}</div>{save}</figure>'
     )
@@ -116,13 +116,15 @@ def finished(label: str, kept: Kept, reader: Reader | None, image: str = "") -> 
         reader: Says what it shows, where the model draws scenes.
         image: Its address, where it is not the album's.
     """
-    settings, found = kept.settings, ""
-    if reader:
-        lines = reader.score(settings.text, kept.image)
-        found = "<br>".join(f'<span class="{kind}">{SIGNS[kind]}{escape(text)}</span>' for text, kind in lines)
+    settings, found = kept.settings, _found(kept, reader)
     save = f"finelip-{settings.long_prompt}-seed{settings.seed}.png"
     image = image or kept.address
     return Frame(label, image=image, alt=shows(kept, reader), found=found, save=save, shape=kept.image.size)
+
+
+def _found(kept: Kept, reader: Reader | None) -> str:
+    lines = reader.score(kept.settings.text, kept.image) if reader else []
+    return "<br>".join(f'<span class="{kind}">{SIGNS[kind]}{escape(text)}</span>' for text, kind in lines)
 
 
 def shows(kept: Kept, reader: Reader | None) -> str:
@@ -159,6 +161,7 @@ def history(kept: Sequence[Kept], reader: Reader | None) -> str:
         cards.append(
             f'<li><img loading="lazy" src="{escape(picture.address)}" alt="{escape(shows(picture, reader))}">'
             f'<p dir="auto">{escape(beginning(settings.prompt))}</p><small>{name}</small>'
+            f'<div class="verdicts">{_found(picture, reader)}</div>'
             f'<button type="button" data-use="{picture.path.name}">Use these settings<span class="sr"> of '
             f"{escape(beginning(settings.prompt))}, {name}</span></button></li>"
         )

@@ -1,9 +1,10 @@
 """What the pictures of the bundled world show, in words: a line under each, and a table of every object."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from html import escape
 
-from panels import COMPARED, STRATEGIES
+from panels import COMPARED, STRATEGIES, named
 from PIL import Image
 
 from finelip_diffusion.scenes import (
@@ -43,6 +44,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.tokenizer = clip_tokenizer(77)
+        self.facts = lru_cache(256)(find_facts)  # all pictures of a history ask
 
     def advice(self, prompt: str) -> str:
         """HTML below the prompt: what the model can draw, and that a prompt about something else is none of it."""
@@ -61,7 +63,7 @@ class Reader:
         Returns:
             Each line, and whether it is good ("yes"), bad ("no") or neither ("").
         """
-        scene, caption, lines = self.scene(image), find_facts(prompt), []
+        scene, caption, lines = self.scene(image), self.facts(prompt), []
         if caption.facts:
             found = findings(caption, scene, self.tokenizer)
             right = sum(finding.found for finding in found)
@@ -87,7 +89,7 @@ class Reader:
         Returns:
             The table, or a line that says why there is none.
         """
-        caption = find_facts(prompt)
+        caption = self.facts(prompt)
         if not caption.facts:
             return (
                 '<p class="hint">There is no table: no sentence of this prompt names one shape, one color, one size '
@@ -114,7 +116,7 @@ class Reader:
                 for scene in scenes
             ]
             rows.append(_row(f"{background} background", cells))
-        heads = "".join(f'<th scope="col">{STRATEGIES[name]}</th>' for name in columns)
+        heads = "".join(f'<th scope="col">{named(STRATEGIES[name])}</th>' for name in columns)
         return (
             '<table class="verdict"><caption>What the reader finds in each picture: shape, color and size, in the '
             'place that the prompt names.</caption><thead><tr><th scope="col">asked for</th>'

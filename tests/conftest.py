@@ -49,6 +49,24 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def bundled_pipe() -> Any:
+    """The bundled model; tests share it and leave it as it is."""
+    from finelip_diffusion import FineLIPStableDiffusionPipeline
+
+    pipe = FineLIPStableDiffusionPipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def room(bundled_pipe: Any) -> Any:
+    """The page's studio, with the bundled model."""
+    import studio
+
+    return studio.Studio(lambda: bundled_pipe, scenes=True)
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> CLIPTokenizer:
     """CLIP's own, with the stock window of 77 tokens."""
     return clip_tokenizer(77)
