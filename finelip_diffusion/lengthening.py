@@ -12,6 +12,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from .positions import STOCK_POSITIONS, stretch_positions
 from .prompts import LongPrompt, PromptSettings
+from .rotary import rotary_settings
 from .text_encoder import TextEncoder, check_width, load_text_encoder, text_embeddings, text_layers
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,8 @@ def nobody_trained(text_encoder: TextEncoder | None, stock: TextEncoder | None) 
     last layer, which every training changes, is the same."""
     if text_encoder is None or stock is None or "meta" in (text_encoder.device.type, stock.device.type):
         return False
+    if rotary_settings(text_encoder.config) is not None:
+        return False
     old, new = (text_embeddings(each).position_embedding.weight.detach() for each in (stock, text_encoder))
     expected = stretch_positions(old)
     if expected.shape != new.shape:
@@ -209,8 +212,10 @@ def _leave_out_layers(text_encoder: TextEncoder, number: int) -> None:
 
 
 def is_stock(text_encoder: TextEncoder | None) -> bool:
-    """Whether there is an encoder, of no more positions than CLIP's."""
-    return text_encoder is not None and text_encoder.config.max_position_embeddings <= STOCK_POSITIONS
+    """Whether there is an encoder, with a table of no more positions than CLIP's."""
+    if text_encoder is None or rotary_settings(text_encoder.config) is not None:
+        return False
+    return text_encoder.config.max_position_embeddings <= STOCK_POSITIONS
 
 
 def check_widths(text_encoders: list[TextEncoder | None], unet: UNet2DConditionModel | None) -> None:

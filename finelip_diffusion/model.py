@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,11 @@ from transformers.utils import ModelOutput
 from .checkpoints import read_checkpoint
 from .files import writing
 from .finelip_layout import finelip_layout, refinement_weights
-from .layouts import HEAD_WIDTH
+from .layouts import HEAD_WIDTH, POSITIONS
 from .locations import locate
 from .positions import KEPT_POSITIONS
 from .refinement import TokenRefinement, adaptive_mask
+from .rotary import THETA, RotaryTextConfig, RotaryTextModel, make_rotary, rotary_settings
 from .scores import late_interaction
 from .text_encoder import MAX_LENGTH, _tokenizer, load_text_encoder
 from .towers import image_tower
@@ -92,28 +93,29 @@ def refined_number(share: float, config: CLIPConfig) -> int:
 
 
 def refinement_settings(
-    given: Mapping[str, Any], config: CLIPConfig, own_number: int | None, where: str
+    given: Mapping[str, Any], config: CLIPConfig, own: Mapping[str, int], where: str
 ) -> dict[str, Any]:
     """Shares of the patches as numbers of tokens, for `FineLIPConfig`.
 
     Args:
         given: see `FineLIPModel.from_clip`; a share that is None is the default.
         config: of the towers.
-        own_number: of refined tokens that the source's weights make; None where it has no refinement.
+        own: numbers of refined tokens that the source's weights make, by their names in `FineLIPConfig`; empty where it
+            has no refinement.
         where: What to call the source in error messages.
 
     Raises:
         ValueError: If a share asks for another number than the source has.
     """
-    settings: dict[str, Any] = {"num_refined_tokens": own_number}
+    settings: dict[str, Any] = dict(own)
     shares = {"num_refined_tokens": "refined_share", "num_refined_text_tokens": "refined_text_share"}
     for name, key in shares.items():
         if (share := given.get(key)) is None:
             continue
         settings[name] = refined_number(share, config)
-        if own_number is not None and settings[name] != own_number:
+        if settings[name] != own.get(name, settings[name]):
             raise ValueError(
-                f"{where} has a refinement to {own_number} tokens, and {key}={share:g} asks for {settings[name]}: "
+                f"{where} has a refinement to {own[name]} tokens, and {key}={share:g} asks for {settings[name]}: "
                 "leave the share out, or take a CLIP without refinement."
             )
     return settings | {key: value for key, value in given.items() if key not in shares.values()}
@@ -161,7 +163,7 @@ def last_tokens(tokens: Tensor, mask: Tensor) -> Tensor:
 class StretchedPositions(nn.Embedding):
     """A position table whose first rows are not trained: they get no gradient, on any device or shard.
 
-    Name and shape of the weight are the stock ones. An optimiser must not decay it, or the kept rows would shrink.
+    Name and shape of the weight are the stock ones. An optimizer must not decay it, or the kept rows would shrink.
     """
 
     keep = 0
@@ -188,10 +190,14 @@ class FineLIPModel(PreTrainedModel):
     def __init__(self, config: FineLIPConfig):
         super().__init__(config)
         self.clip = CLIPModel._from_config(config.clip_config)
-        positions = StretchedPositions(*self._positions.weight.shape)
-        positions.keep = config.keep
-        positions.weight = self._positions.weight  # drawn by CLIP; transformers 5.6 does not draw it again
-        self.clip.text_model.embeddings.position_embedding = positions
+        embeddings = self.clip.text_model.embeddings
+        if rotary_settings(config.clip_config.text_config) is not None:
+            make_rotary(self.clip.text_model, config.clip_config.text_config)
+        else:
+            positions = StretchedPositions(*embeddings.position_embedding.weight.shape)
+            positions.keep = config.keep
+            positions.weight = embeddings.position_embedding.weight  # drawn by CLIP; transformers 5.6 draws it once
+            embeddings.position_embedding = positions
         width = config.clip_config.projection_dim
         self.image_refinement = TokenRefinement(width, config.num_refined_tokens) if config.refine_image else None
         self.text_refinement = TokenRefinement(width, config.num_refined_text_tokens) if config.refine_text else None
@@ -205,10 +211,6 @@ class FineLIPModel(PreTrainedModel):
         elif isinstance(module, TokenRefinement):
             nn.init.ones_(module.scale)
 
-    @property
-    def _positions(self) -> nn.Embedding:
-        return self.clip.text_model.embeddings.position_embedding
-
     @classmethod
     def from_clip(
         cls,
@@ -216,6 +218,7 @@ class FineLIPModel(PreTrainedModel):
         *,
         max_length: int | None = MAX_LENGTH,
         keep: int = KEPT_POSITIONS,
+        position: Literal["kps", "rotary"] = "kps",
         refine_image: bool | None = True,
         refine_text: bool | None = True,
         refinement: Mapping[str, Any] | None = None,
@@ -231,6 +234,8 @@ class FineLIPModel(PreTrainedModel):
                 the layout of `transformers`, OpenAI, open_clip (vision transformers), FineLIP or Long-CLIP.
             max_length: Tokens that the text tower shall read; None keeps the table's rows.
             keep: First position rows that stretching leaves as they are, and that are not trained.
+            position: `"kps"` stretches the table; `"rotary"` drops it, and turns queries and keys instead, which by
+                itself makes an encoder that understands nothing: it is to be trained.
             refine_image: Whether the image's tokens are refined: as a file of FineLIP does (`cross_net.…`), else by
                 weights that are drawn anew. None: only where the source has the weights.
             refine_text: The same for the caption's tokens.
@@ -256,9 +261,13 @@ class FineLIPModel(PreTrainedModel):
                 f"{folder} holds a {config.get('model_type')!r}, which has no image tower: give a whole CLIP."
             )
         text, _ = load_text_encoder(
-            source, subfolder=subfolder, max_length=max_length, keep=keep, projection=True, dtype=dtype,
-            hidden_act=hidden_act, **hub
+            source, subfolder=subfolder, max_length=max_length if position == "kps" else None, keep=keep,
+            projection=True, dtype=dtype, hidden_act=hidden_act, **hub
         )  # fmt: skip
+        if position == "rotary":
+            trained_length = text.config.max_position_embeddings
+            text.config.rotary = {"theta": THETA, "trained_length": trained_length}
+            text.config.max_position_embeddings = max_length or trained_length
         checkpoint = read_checkpoint(file)
         tensors, vision = image_tower(checkpoint, str(file), text.config.hidden_act)
         left_out = refine_image is False and refine_text is False
@@ -276,14 +285,20 @@ class FineLIPModel(PreTrainedModel):
         clip_config = CLIPConfig(
             text_config=text.config.to_dict(), vision_config=vision, projection_dim=text.config.projection_dim
         )
-        own_number = len(found_weights["image_refinement.weigh.3.bias"]) if found_weights else None
-        settings = refinement_settings(refinement or {}, clip_config, own_number, str(file))
+        numbers = {
+            f"num_refined_{name}tokens": len(found_weights[f"{side}_refinement.weigh.3.bias"])
+            for name, side in (("", "image"), ("text_", "text"))
+            if found_weights
+        }
+        settings = refinement_settings(refinement or {}, clip_config, numbers, str(file))
         model = cls._from_config(
             FineLIPConfig(clip_config, keep, refine_image, refine_text, **settings),
             attn_implementation=attn_implementation,
         ).to(text.dtype)
         own = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in text.state_dict().items()}
         own["text_projection.weight"] = own.pop("text_model.text_projection.weight")
+        if position == "rotary":
+            del own[f"text_model.{POSITIONS}"]
         wanted = model.clip.state_dict()
         found = own | tensors
         if missing := sorted(wanted.keys() - found.keys()):
@@ -336,7 +351,7 @@ class FineLIPModel(PreTrainedModel):
 
         Args:
             input_ids: (B, T), padded at the end.
-            spans: (B, S, 2), first token and the one behind the last; an empty span has the mean 0.
+            spans: (B, S, 2), first token and the one after the last; an empty span has the mean 0.
 
         Returns:
             Tokens as of `encode_text` (B, T, E), and embeddings of the spans, not of length 1 (B, S, E).
@@ -417,9 +432,12 @@ class FineLIPModel(PreTrainedModel):
         )
 
     def text_encoder(self) -> CLIPTextModel:
-        """A copy of the text tower as a stock model: what Stable Diffusion loads."""
-        config = type(self.config.clip_config.text_config).from_dict(self.config.clip_config.text_config.to_dict())
-        encoder = CLIPTextModel(config).to(self.dtype)
+        """A copy of the text tower as what Stable Diffusion loads: a stock model, or one with rotary positions."""
+        text_config = self.config.clip_config.text_config
+        rotary = rotary_settings(text_config) is not None
+        settings = {name: value for name, value in text_config.to_dict().items() if name != "model_type"}
+        config = (RotaryTextConfig if rotary else type(text_config)).from_dict(settings)
+        encoder = (RotaryTextModel if rotary else CLIPTextModel)(config).to(self.dtype)
         own = {name.removeprefix("text_model."): tensor for name, tensor in self.clip.text_model.state_dict().items()}
         encoder.load_state_dict({name: own[name.removeprefix("text_model.")] for name in encoder.state_dict()})
         return encoder.eval()
@@ -444,14 +462,8 @@ class FineLIPModel(PreTrainedModel):
             raise ValueError(f"{path} must be a file that ends in .pt or .safetensors.")
         if path.exists() and not overwrite:
             raise ValueError(f"{path} would be overwritten: choose another file, or say overwrite=True.")
-        for name in ("text", "vision"):
-            tower = getattr(self.config.clip_config, f"{name}_config")
-            width = tower.hidden_size // tower.num_attention_heads
-            if (tower.hidden_act, width) != ("quick_gelu", HEAD_WIDTH):
-                raise ValueError(
-                    f"FineLIP's layout implies quick_gelu and heads of width {HEAD_WIDTH}, but the {name} tower has "
-                    f"{tower.hidden_act} and heads of width {width}: keep the model with save_pretrained."
-                )
+        if rotary_settings(self.config.clip_config.text_config) is not None:
+            raise ValueError("FineLIP's layout holds a position table, but these positions are rotary: save a folder.")
         config = self.config
         if (
             config.adaptive_share
@@ -462,6 +474,14 @@ class FineLIPModel(PreTrainedModel):
                 "FineLIP's layout has one number of refined tokens for both towers, all of which count beside CLS and "
                 "end token: keep this model with save_pretrained."
             )
+        for name in ("text", "vision"):
+            tower = getattr(self.config.clip_config, f"{name}_config")
+            width = tower.hidden_size // tower.num_attention_heads
+            if (tower.hidden_act, width) != ("quick_gelu", HEAD_WIDTH):
+                raise ValueError(
+                    f"FineLIP's layout implies quick_gelu and heads of width {HEAD_WIDTH}, but the {name} tower has "
+                    f"{tower.hidden_act} and heads of width {width}: keep the model with save_pretrained."
+                )
         tensors = finelip_layout(self.state_dict())
         with writing(path) as part:
             if path.suffix == ".pt":
@@ -494,19 +514,35 @@ def load_clip(
     }
     file, folder, config = locate(source, options.get("subfolder"), hub)
     if config is not None and config.get("model_type") == FineLIPConfig.model_type:
-        rows = FineLIPConfig.from_dict(config).clip_config.text_config.max_position_embeddings
-        if max_length not in (None, rows):
-            raise ValueError(f"{folder} reads {rows} tokens, not max_length={max_length}: leave max_length out.")
+        saved = FineLIPConfig.from_dict(config)
+        of_text = saved.clip_config.text_config
+        rotary = rotary_settings(of_text) is not None
+        if options.get("position") == "rotary" and not rotary:
+            raise ValueError(
+                f"{folder} has a trained position table: rotary positions start from a CLIP, or from such."
+            )
+        if rotary and max_length is not None:
+            of_text.max_position_embeddings = max_length
+        elif max_length not in (None, of_text.max_position_embeddings):
+            raise ValueError(
+                f"{folder} reads {of_text.max_position_embeddings} tokens, not max_length={max_length}: "
+                "leave max_length out."
+            )
         own = {
             name: value
             for name, value in options.items()
-            if name not in (*hub, "subfolder", "hidden_act", "refinement")
+            if name not in (*hub, "subfolder", "hidden_act", "refinement", "position")
             and (value is not None or not name.startswith("refine_"))
         }
-        saved = FineLIPConfig.from_dict(config)
-        number = saved.num_refined_tokens if saved.refine_image or saved.refine_text else None
-        settings = refinement_settings(options.get("refinement") or {}, saved.clip_config, number, str(folder))
+        numbers = {
+            name: getattr(saved, name)
+            for name in ("num_refined_tokens", "num_refined_text_tokens")
+            if saved.refine_image or saved.refine_text
+        }
+        settings = refinement_settings(options.get("refinement") or {}, saved.clip_config, numbers, str(folder))
         own |= {name: value for name, value in settings.items() if value is not None}
+        if rotary:  # whose window may differ from the saved one
+            own["clip_config"] = saved.clip_config
         model = FineLIPModel.from_pretrained(folder, **own).eval()
     else:
         of_source: dict[str, Any] = {"refine_image": None, "refine_text": None}

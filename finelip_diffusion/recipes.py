@@ -36,7 +36,9 @@ class Recipe:
     Attributes:
         name: of the recipe.
         description: where it comes from, and what is known of its results.
-        position: how the position table is stretched; `kps`, knowledge-preserved stretching.
+        position: `kps` stretches the position table of a CLIP (knowledge-preserved stretching), `rotary` takes it out
+            and turns queries and keys; a model that was trained before keeps what it has.
+        max_length: tokens that the encoder reads, start and end included; none is 248.
         captions: what is read beside the whole caption: nothing more (`full`), its `first_sentence`, sentences drawn
             without the first (`debias`), runs of sentences (`sub_captions`), runs and sentences from anywhere
             (`merged_captions`).
@@ -70,7 +72,8 @@ class Recipe:
 
     name: str
     description: str = ""
-    position: Literal["kps"] = "kps"
+    position: Literal["kps", "rotary"] = "kps"
+    max_length: int | None = None
     captions: CaptionKind = "full"
     num_sub_captions: int = 8
     longest_sub_caption: int = 3
@@ -123,13 +126,17 @@ _DRAWN: dict[str, tuple[CaptionKind, ...]] = {  # what a term may read -> the ca
     "span_embeds": ("sub_captions",),
 }
 _REFINEMENT = ("refined_share", "refined_text_share", "adaptive_share", "global_tokens")
-_OPTIONAL = ("logit_scale", *_REFINEMENT[:3])
+_OPTIONAL = ("logit_scale", "max_length", *_REFINEMENT[:3])
 _FLAGS = ("rewrites", "global_tokens")
-_LEAST = {"num_sub_captions": 1, "longest_sub_caption": 1, "lora_rank": 1, "logit_scale": 1} | dict.fromkeys(
-    _REFINEMENT[:3], 0.001
-)
+_LEAST = {
+    "num_sub_captions": 1,
+    "longest_sub_caption": 1,
+    "lora_rank": 1,
+    "logit_scale": 1,
+    "max_length": 3,
+} | dict.fromkeys(_REFINEMENT[:3], 0.001)
 _CHOICES = {
-    "position": ("kps",),
+    "position": ("kps", "rotary"),
     "captions": get_args(CaptionKind),
     "edit_place": get_args(EditPlace),
     "parameters": ("full", "lora"),
@@ -167,7 +174,7 @@ def read_content(path: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
         others = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
         raise ValueError(f"there is no recipe {path.stem!r}; beside it are: {others}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no readable YAML file ({' '.join(str(error).split())}).") from error
+        raise ValueError(f"{path} is not a readable YAML file ({' '.join(str(error).split())}).") from error
     if not isinstance(content, dict):
         raise ValueError(
             f"{path} holds no recipe: a mapping of keys, such as `local_loss: finelip`, must stand there."

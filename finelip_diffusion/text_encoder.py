@@ -4,8 +4,9 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from safetensors.torch import save_file
@@ -15,9 +16,10 @@ from transformers.activations import ACT2FN
 
 from .checkpoints import CONFIGURATION, listed, read_checkpoint, read_configuration, read_json
 from .files import writing
-from .layouts import POSITIONS, PROJECTION, WRITTEN, caveat, huggingface_layout
+from .layouts import POSITIONS, PROJECTION, WRITTEN, Layout, caveat, huggingface_layout
 from .locations import configuration_folder, encoder_folder, locate
 from .positions import KEPT_POSITIONS, find_ratio, is_only_stretched, stretch_positions, stretched_length
+from .rotary import RotaryTextConfig, RotaryTextModel, rotary_settings
 from .tokenizer import VOCAB_SIZE, clip_tokenizer
 from .towers import TextWeights, check_weights, text_weights
 
@@ -61,6 +63,7 @@ def load_text_encoder(
         source: One of
             - a folder or hub id with a CLIP text model, or a whole CLIP, in the layout of `transformers`;
             - a folder or hub id of a diffusers pipeline, or a folder of `save_text_encoder`;
+            - a folder or hub id of a `rotary.RotaryTextModel`, whose window `max_length` may lengthen to any number;
             - a file (.safetensors, .pt, .pth, .bin, .ckpt), or a link to one on the hub, in any of the layouts of
               `layouts.LAYOUTS`; or a whole Stable Diffusion 1.x, 2.x, XL or 3.x, or a Flux, in one.
         subfolder: Where in a folder the encoder lies; `"text_encoder_2"` goes with `tokenizer_2`. By default the
@@ -97,6 +100,9 @@ def load_text_encoder(
     file, folder, described = locate(source, subfolder, hub)
     if folder is not None and config is not None:
         raise ValueError(f"{folder} has a config.json of its own: config={config} goes with a checkpoint file.")
+    if (described or {}).get("model_type") == RotaryTextConfig.model_type:
+        options = (max_length, pad_token, projection, dtype, tokenizer)
+        return _load_rotary(file, cast(Path, folder), cast("dict[str, Any]", described), *options)
     their_keep = ((described or {}).get("text_config") or described or {}).get("interpolation_keep_length", keep)
     weights = text_weights(read_checkpoint(file), str(file), their_keep, subfolder if folder is None else None)
     own = read_configuration(file) if folder is None else None
@@ -196,12 +202,15 @@ def save_checkpoint(
         `path`.
 
     Raises:
-        ValueError: If the layout is unknown, or `"openai"` and the encoder has no text projection; the path is a
+        ValueError: If the layout is unknown, or `"openai"` and the encoder has no text projection; the encoder's
+            positions are rotary, which no layout of one file says; the path is a
             folder, does not end in .safetensors, or exists and `overwrite` is false; or the disk is full.
     """
     path = Path(path)
     if layout not in WRITTEN:
         raise ValueError(f"layout={layout!r} is unknown: choose from {', '.join(WRITTEN)}.")
+    if rotary_settings(text_encoder.config) is not None:
+        raise ValueError(f"layout={layout!r} holds a position table, but these positions are rotary: save a folder.")
     if path.suffix != ".safetensors" or path.is_dir():
         raise ValueError(f"{path} must be a file that ends in .safetensors: layout={layout!r} is one file.")
     if path.exists() and not overwrite:
@@ -417,8 +426,54 @@ def _build(
     return model.eval()
 
 
+def _load_rotary(
+    file: Path,
+    folder: Path,
+    described: dict[str, Any],
+    max_length: int | None,
+    pad_token: str | None,
+    projection: bool | None,
+    dtype: torch.dtype | None,
+    tokenizer: CLIPTokenizer | None,
+) -> tuple[TextEncoder, CLIPTokenizer]:
+    """A `RotaryTextModel` as `load_text_encoder` loads it; a window that is longer than asked for is kept."""
+    if projection:
+        raise ValueError(
+            f"{folder} holds a text encoder with rotary positions and without text projection: it takes the place of "
+            "a CLIPTextModel, not that of SDXL's second encoder."
+        )
+    try:
+        config = RotaryTextConfig.from_dict(described)
+        config.rotary = {
+            "theta": float(config.rotary["theta"]),
+            "trained_length": int(config.rotary["trained_length"]),
+        }
+        with torch.device("meta"):
+            model = RotaryTextModel(config)
+    except Exception as error:  # transformers validates with exceptions of its own
+        cause = " ".join(str(error).split())
+        raise ValueError(f"{folder / 'config.json'} describes no rotary CLIP text model ({cause}).") from error
+    tensors = {name.removeprefix("text_model."): tensor for name, tensor in read_checkpoint(file).items()}
+    names = {name: name.removeprefix("text_model.") for name in model.state_dict()}
+    found = TextWeights(Layout("rotary", False), tensors, (), str(file), {name: name for name in tensors})
+    check_weights(found, {ours: model.state_dict()[name] for name, ours in names.items()})
+    if dtype is None:
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    model.load_state_dict({name: tensors[ours].to(dtype) for name, ours in names.items()}, assign=True)
+    config.max_position_embeddings = max(max_length or 0, config.max_position_embeddings)
+    tokenizer = _tokenizer(tokenizer, folder, config.max_position_embeddings, pad_token, config.vocab_size, str(file))
+    _take_ids(config, tokenizer)
+    return model.eval(), tokenizer
+
+
 def _write_encoder(text_encoder: TextEncoder, folder: Path) -> None:
-    """A `save_pretrained` whose names begin with `text_model.`, which transformers 4 needs and 5 understands."""
+    """A `save_pretrained` whose names begin with `text_model.`, which transformers 4 needs and 5 understands.
+
+    A rotary encoder, which only this package reads, has its own names.
+    """
+    if isinstance(text_encoder, RotaryTextModel):
+        text_encoder.save_pretrained(folder)
+        return
     folder.mkdir()
     _saved_config(text_encoder).save_pretrained(folder)
     tensors = huggingface_layout(canonical_weights(text_encoder))

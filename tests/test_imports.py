@@ -18,6 +18,7 @@ LINES = {
     "files": ["files"],
     "draw": [
         "positions",
+        "rotary",
         "checkpoints",
         "layouts",
         "towers",
@@ -194,7 +195,7 @@ def test_the_package_imports_only_what_it_declares(path):
             continue
         if head in LAZY_MODULES.get(path.name, ()):
             continue
-        assert head in LAZY_DEPENDENCIES, f"{path.name} imports {head}, which is no dependency of the package"
+        assert head in LAZY_DEPENDENCIES, f"{path.name} imports {head}, which is not a dependency of the package"
         assert in_function, f"{path.name} imports {head} at its top; it is optional, import it where it is used"
 
 
@@ -238,4 +239,4 @@ def test_no_script_hides_a_library():
     libraries = {*importlib.metadata.packages_distributions(), *sys.stdlib_module_names}
     for folder in SCRIPT_FOLDERS:
         hidden = {path.stem for path in (ROOT / folder).glob("*.py")} & libraries
-        assert not hidden, f"{folder}/ hides {sorted(hidden)}: a script there would import its neighbour instead"
+        assert not hidden, f"{folder}/ hides {sorted(hidden)}: a script there would import its neighbor instead"

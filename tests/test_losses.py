@@ -18,6 +18,7 @@ from finelip_diffusion.losses.embeddings import (
     hn_clip,
     infoloob,
     infonce,
+    infonce_short,
     neg_clip,
     pca_image,
     sigmoid,
@@ -331,6 +332,7 @@ def loop_goal_text_span(span_embeds, sub_embeds, sub_spans):
 CASES: list[tuple[Callable[..., Tensor], Batch, Callable[..., Tensor], str]] = [
     (infonce, {}, loop_infonce, "image_embeds text_embeds logit_scale"),
     (infonce, {"label_smoothing": 0.0}, loop_infonce, "image_embeds text_embeds logit_scale"),
+    (infonce_short, {"label_smoothing": 0.1}, loop_infonce, "image_embeds short_embeds logit_scale"),
     (sigmoid, {}, loop_sigmoid, "image_embeds text_embeds logit_scale logit_bias"),
     (hn_clip, {}, loop_hn_clip, "image_embeds text_embeds logit_scale"),
     (hn_clip, {"gamma": 2.0, "label_smoothing": 0.1}, loop_hn_clip, "image_embeds text_embeds logit_scale"),

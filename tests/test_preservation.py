@@ -40,6 +40,11 @@ def loop_token(states, penultimate, mask, teacher_states, teacher_penultimate):
     return loss
 
 
+def loop_distill(states, penultimate, embeds, mask, teacher_states, teacher_penultimate, teacher_embeds):
+    loss = sum(1 - own @ stock for own, stock in zip(embeds, teacher_embeds, strict=True)) / B
+    return loss + loop_token(states, penultimate, mask, teacher_states, teacher_penultimate)
+
+
 def softmax(images: Tensor, texts: Tensor, scale: Tensor, i: int) -> list[Tensor]:
     powers = [(scale * (images[i] @ text)).exp() for text in texts]
     return [power / sum(powers) for power in powers]
@@ -84,6 +89,7 @@ def loop_proclip(own, stock):
 
 CASES = [
     (preservation.token, loop_token, {"kept_states", "kept_penultimate"}),
+    (preservation.distill, loop_distill, {"kept_states", "kept_penultimate", "kept_embeds"}),
     (preservation.hycd, loop_hycd, {"image_embeds", "kept_embeds"}),
     (preservation.affinity, loop_affinity, {"image_embeds", "kept_embeds"}),
     (preservation.lwf, loop_affinity, {"image_embeds", "kept_embeds"}),
@@ -104,6 +110,12 @@ def gradients(value: Tensor, batch: Batch) -> dict[str, Tensor]:
 
 def test_every_term_has_its_loop() -> None:
     assert {loss.function for loss in PRESERVING.values()} == {*TERMS}
+
+
+def test_without_states_only_embeddings_are_distilled() -> None:
+    batch = make_batch()
+    value = preservation.distill(*fields(preservation.distill, batch), states=0.0)
+    assert {name for name, gradient in gradients(value, batch).items() if gradient.any()} == {"kept_embeds"}
 
 
 @pytest.mark.parametrize(("term", "loop", "reached"), CASES)

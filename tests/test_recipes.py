@@ -56,7 +56,8 @@ def test_every_preset_is_read(name: str) -> None:
     recipe = read_recipe(FOLDER / f"{name}.yaml")
     assert recipe.name == name and recipe.description and recipe.terms
     assert recipe.resolved == content(name)
-    assert recipe.learning_rate == 1e-6 and recipe.logit_scale is not None
+    assert recipe.logit_scale is not None
+    assert (recipe.learning_rate == 1e-6) == (recipe.position == "kps")  # rotary positions have all to learn
 
 
 def test_finelip_is_as_published() -> None:
@@ -171,14 +172,20 @@ def assert_one_sentence(sentence: str, function: Any, *args: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"learning_rat": 1}, "the unknown key 'learning_rat': choose among description, position, captions"),
+        (
+            {"learning_rat": 1},
+            "the unknown key 'learning_rat': choose among description, position, max_length, captions",
+        ),
         ({"name": "mine"}, "unknown key 'name'"),
         ({"local_loss": "fineclip"}, "local_loss is 'fineclip', not none or one of beta_clip, cloob, edited"),
         ({"local_loss": "token"}, "local_loss is 'token', not none or one of"),
         ({"local_loss": "triplet_margin_loss"}, "is 'triplet_margin_loss', not none or one of"),
         ({"local_loss": "_valid"}, "is '_valid', not none or one of"),
         ({"local_loss": "late_interaction"}, "is 'late_interaction', not none or one of"),
-        ({"preserve": "finelip"}, "preserve is 'finelip', not none or one of affinity, hycd, lwf, proclip, token"),
+        (
+            {"preserve": "finelip"},
+            "preserve is 'finelip', not none or one of affinity, distill, hycd, lwf, proclip, token",
+        ),
         ({"local_loss": 3}, "local_loss is 3, not none or one of"),
         ({"local_loss": {"finelip": {"margn": 1}}}, "has no setting 'margn'; it has weight, interaction, objective"),
         ({"local_loss": {"filip": {"logit_scale": 1}}}, "filip has no setting 'logit_scale'; it has weight"),

@@ -10,7 +10,7 @@
 `--output_dir` gets `text_encoder/` and `tokenizer/`, stock classes that a pipeline loads as `finelip=`; the whole
 model with its image tower in `finelip_model/`; the recipe as it was resolved; a model card with its figures.
 
-The batch of a step is a function of the seed and the step alone, and a checkpoint holds weights, optimiser, schedule
+The batch of a step is a function of the seed and the step alone, and a checkpoint holds weights, optimizer, schedule
 and random states: a run that is killed and goes on with `--resume_from_checkpoint latest` ends with the weights of one
 that was not. docs/training.md has the rest.
 """
@@ -44,6 +44,7 @@ from finelip_diffusion.objective import Objective, TrainingStep, cached_backward
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.recipes import Recipe, read_recipe
 from finelip_diffusion.resuming import find_checkpoint, save_checkpoint, step_of
+from finelip_diffusion.rotary import mark_trained
 from finelip_diffusion.runs import (
     Means,
     RunFlags,
@@ -76,7 +77,9 @@ class Arguments(RunFlags):
         metadata={"help": "A CLIP: folder, hub id or file. By default the bundled 77-token CLIP of scenes."},
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub id."})
-    max_length: int = field(default=MAX_LENGTH, metadata={"help": "Tokens that the encoder shall read."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens that the encoder shall read. The default is the recipe's, or 248."}
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, ...; by default eager on a CPU, where it is the faster one."}
     )
@@ -110,7 +113,10 @@ class Arguments(RunFlags):
 
 
 def resolve_recipe(args: Arguments) -> Recipe:
-    """The recipe by its name or path, with the flags that were given in place of its own values."""
+    """The recipe by its name or path, with the flags that were given in place of its own values.
+
+    A length that was not given is the recipe's, in `args`, too.
+    """
     path = Path(args.recipe)
     recipe = read_recipe(path if path.suffix in (".yaml", ".yml") else RECIPES / f"{args.recipe}.yaml")
     flags = {
@@ -119,8 +125,10 @@ def resolve_recipe(args: Arguments) -> Recipe:
         "weight_decay": args.adam_weight_decay,
         "lr_warmup_steps": args.lr_warmup_steps,
         "max_grad_norm": args.max_grad_norm,
+        "max_length": args.max_length,
     }
     values: dict[str, Any] = {key: getattr(recipe, key) if flag is None else flag for key, flag in flags.items()}
+    args.max_length = values["max_length"] = values["max_length"] or MAX_LENGTH
     return replace(recipe, **values, resolved=recipe.resolved | values)
 
 
@@ -131,6 +139,7 @@ def build_step(args: Arguments, recipe: Recipe, accelerator: Accelerator) -> tup
     model, tokenizer, image_processor = load_clip(
         args.pretrained_model_name_or_path,
         max_length=args.max_length,
+        position=recipe.position,
         refine_image="image" in recipe.refine,
         refine_text="text" in recipe.refine,
         refinement=recipe.refinement,
@@ -168,7 +177,8 @@ def add_lora(model: FineLIPModel, rank: int) -> None:
     ]
     model.clip.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), model.clip)
-    model.clip.text_model.embeddings.position_embedding.weight.requires_grad_(True)
+    if positions := getattr(model.clip.text_model.embeddings, "position_embedding", None):
+        positions.weight.requires_grad_(True)
     model.clip.logit_scale.requires_grad_(True)
 
 
@@ -238,6 +248,7 @@ def save_result(state: dict[str, Tensor], config: FineLIPConfig, tokenizer: Any,
     """Writes the encoder as stock classes, the whole model, the recipe and the model card."""
     if (term := recipe.local_loss) is not None and term.name in OWN_SCORES:
         config.score, config.score_settings = term.name, term.settings
+    mark_trained(config.clip_config.text_config)
     model = whole_model(state, config)
     save_text_encoder(model.text_encoder(), tokenizer, args.output_dir, overwrite=True)
     with writing(args.output_dir / "finelip_model") as folder:

@@ -12,8 +12,19 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from .embeddings import cloob, edited, hn_clip, infoloob, infonce, neg_clip, pca_image, sigmoid, softened
-from .preservation import affinity, hycd, lwf, proclip, token
+from .embeddings import (
+    cloob,
+    edited,
+    hn_clip,
+    infoloob,
+    infonce,
+    infonce_short,
+    neg_clip,
+    pca_image,
+    sigmoid,
+    softened,
+)
+from .preservation import affinity, distill, hycd, lwf, proclip, token
 from .primitives import MARGIN, infonce_loss, sigmoid_loss, triplet_margin_loss
 from .tokens import beta_clip, filip, finelip, flair, goal_text_span, laps, sparc
 
@@ -51,6 +62,10 @@ _TOKENS = ("image_tokens", "text_tokens", "text_mask")
 _REFINED = ("local_image_tokens", "local_image_mask", "local_text_tokens", "local_text_mask")
 _EDITED = ("image_embeds", "text_embeds", "edited_embeds", "edited_valid", "logit_scale")
 _STATES = ("kept_states", "kept_penultimate", "kept_mask", "teacher_kept_states", "teacher_kept_penultimate")
+_DISTILLED = (
+    "kept_states", "kept_penultimate", "kept_embeds", "kept_mask",
+    "teacher_kept_states", "teacher_kept_penultimate", "teacher_kept_embeds",
+)  # fmt: skip
 _KEPT = ("image_embeds", "kept_embeds", "teacher_image_embeds", "teacher_kept_embeds", "logit_scale")
 
 CONTRASTIVE: dict[str, Loss] = {
@@ -62,6 +77,7 @@ CONTRASTIVE: dict[str, Loss] = {
     "softened": Loss(softened, (*_WHOLE, "progress")),
     "edited": Loss(edited, _EDITED),
     "neg_clip": Loss(neg_clip, (*_EDITED, "same")),
+    "infonce_short": Loss(infonce_short, ("image_embeds", "short_embeds", "logit_scale", "same")),
     "pca_image": Loss(pca_image, ("image_embeds", "short_embeds", "logit_scale", "same")),
     "finelip": Loss(finelip, (*_REFINED, "logit_scale", "same")),
     "filip": Loss(filip, (*_TOKENS, "logit_scale", "same")),
@@ -77,6 +93,7 @@ CONTRASTIVE: dict[str, Loss] = {
 
 PRESERVING: dict[str, Loss] = {
     "token": Loss(token, _STATES, prompts="short"),
+    "distill": Loss(distill, _DISTILLED, prompts="short"),
     "hycd": Loss(hycd, _KEPT, prompts="short"),
     "affinity": Loss(affinity, _KEPT, prompts="short"),
     "lwf": Loss(lwf, _KEPT, prompts="random"),

@@ -20,6 +20,13 @@ def infonce(
     return infonce_loss(logit_scale * products(image_embeds, text_embeds), label_smoothing, same)
 
 
+def infonce_short(
+    image_embeds: Tensor, short_embeds: Tensor, logit_scale: Tensor, same: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """CLIP's loss between images and short captions: TULIP's second term (arXiv 2410.10034, section 3.3)."""
+    return infonce_loss(logit_scale * products(image_embeds, short_embeds), label_smoothing, same)
+
+
 def sigmoid(
     image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor, same: Tensor
 ) -> Tensor:

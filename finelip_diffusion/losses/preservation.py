@@ -35,6 +35,41 @@ def token(
     return errors[0] + errors[1]
 
 
+def distill(
+    kept_states: Tensor,
+    kept_penultimate: Tensor,
+    kept_embeds: Tensor,
+    kept_mask: Tensor,
+    teacher_kept_states: Tensor,
+    teacher_kept_penultimate: Tensor,
+    teacher_kept_embeds: Tensor,
+    *,
+    states: float = 1.0,
+) -> Tensor:
+    """TULIP's first stage (arXiv 2410.10034, section 3.2), mean of 1 - cos of embeddings, and token states beside it.
+
+    The paper distills pooled embeddings alone, and its code offers the cosine among three distances. A UNet reads
+    states, which that leaves free; `states` is the factor of `token`, 0 is the paper's.
+
+    Args:
+        kept_states: As `token` takes them, as the others.
+        kept_penultimate: (B, T, D).
+        kept_embeds: (B, E), of length 1.
+        kept_mask: (B, T), True = keep.
+        teacher_kept_states: (B, T, D).
+        teacher_kept_penultimate: (B, T, D).
+        teacher_kept_embeds: (B, E), of length 1.
+        states: At least 0.
+    """
+    cosines = (widen(kept_embeds) * widen(teacher_kept_embeds).detach()).sum(-1)
+    loss = (1 - cosines).mean()
+    if not states:
+        return loss
+    return loss + states * token(
+        kept_states, kept_penultimate, kept_mask, teacher_kept_states, teacher_kept_penultimate
+    )
+
+
 def hycd(
     image_embeds: Tensor,
     kept_embeds: Tensor,
@@ -45,7 +80,7 @@ def hycd(
     """Hybrid contrastive distillation (CLIP-Refine, arXiv 2504.12717): half the right pair, half the teacher.
 
     KL divergence of the student's softmax from the mean of the identity and the teacher's softmax; mean over rows, and
-    over both directions. Against the authors' code: its logits are products of embeddings that are not normalised, at
+    over both directions. Against the authors' code: its logits are products of embeddings that are not normalized, at
     temperature 1; here they are cosines times `logit_scale`.
 
     Args:
