@@ -100,7 +100,7 @@ def refinement_settings(
     Args:
         given: see `FineLIPModel.from_clip`; a share that is None is the default.
         config: of the towers.
-        own: numbers of refined tokens that the source's weights make, by their names in `FineLIPConfig`; empty where it
+        own: numbers of refined tokens of the source's weights, by their names in `FineLIPConfig`; empty where it
             has no refinement.
         where: What to call the source in error messages.
 

@@ -9,8 +9,8 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import WIDTH, tiny_text_encoder
 from safetensors.torch import load_file, save_file
+from tiny_models import WIDTH, tiny_text_encoder
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -19,6 +19,7 @@ from finelip_diffusion import FineLIPStableDiffusionPipeline, load_text_encoder
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel, FineLIPOutput, load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.positions import stretch_positions
+from finelip_diffusion.refinement import adaptive_mask
 from finelip_diffusion.text_encoder import save_text_encoder
 from finelip_diffusion.tokenizer import VOCAB_SIZE
 from finelip_diffusion.towers import image_tower
@@ -337,6 +338,74 @@ def test_the_text_tower_drops_into_stable_diffusion(
     ids = tokenizer(caption, padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.inference_mode():
         assert torch.equal(embeds, model.clip.text_model(ids).last_hidden_state)
+
+
+# --- what of the tokens is compared --------------------------------------------------------------------------------
+
+
+def test_shares_of_refined_tokens_are_set_apart(folder: Path, batch: dict[str, Tensor], tmp_path: Path) -> None:
+    shares = {"refined_share": 0.5, "refined_text_share": 0.25}
+    model = FineLIPModel.from_clip(folder, refinement=shares)
+    output = model(**batch)
+    assert output.local_image_tokens.shape[1] == 1 + PATCHES // 2
+    assert output.local_text_tokens.shape[1] == 1 + PATCHES // 4
+    model.save_pretrained(tmp_path / "saved")
+    TOKENIZER.save_pretrained(tmp_path / "saved")
+    again, *_ = load_clip(tmp_path / "saved", refinement=shares | {"refined_share": None, "global_tokens": True})
+    torch.testing.assert_close(again(**batch).scores(), output.scores(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="has a refinement to 8 tokens, and refined_share=0.1 asks for 1"):
+        load_clip(tmp_path / "saved", refinement={"refined_share": 0.1})
+    with pytest.raises(ValueError, match="one number of refined tokens for both towers"):
+        model.save_checkpoint(tmp_path / "model.pt")
+
+
+def test_without_global_tokens_the_score_is_of_patches_and_words(folder: Path, batch: dict[str, Tensor]) -> None:
+    both = [FineLIPModel.from_clip(folder, refinement={"global_tokens": flag}) for flag in (True, False)]
+    both[1].load_state_dict(both[0].state_dict())
+    with_them, without = (model(**batch) for model in both)
+    assert torch.equal(without.local_image_tokens, with_them.local_image_tokens[:, 1:])
+    assert torch.equal(without.local_text_tokens, with_them.local_text_tokens[:, :-1])
+    plain = FineLIPModel.from_clip(folder, refine_image=False, refine_text=False, refinement={"global_tokens": False})
+    output = plain(**batch)
+    assert output.local_image_tokens.shape[1] == PATCHES
+    assert output.local_text_mask.sum(1).tolist() == [length - 1 for length in LENGTHS]  # all but the end token
+
+
+def test_an_adaptive_share_counts_as_many_tokens_as_are_looked_at(folder: Path, batch: dict[str, Tensor]) -> None:
+    """Weights that are all alike look at every token; where they meet in one, one refined token counts."""
+    model = FineLIPModel.from_clip(folder, refinement={"refined_share": 0.5, "adaptive_share": 0.25})
+    for refinement in (model.image_refinement, model.text_refinement):
+        torch.nn.init.zeros_(refinement.weigh[-1].weight)
+    output = model(**batch)
+    assert output.local_image_mask.sum(1).tolist() == [1 + PATCHES // 4] * 4
+    expected = [1 + min(8, -(-(length - 1) // 4)) for length in LENGTHS]
+    assert output.local_text_mask.sum(1).tolist() == expected
+    weights = torch.zeros(1, PATCHES, 8)
+    weights[:, 3] = 1
+    assert adaptive_mask(weights, 0.25).sum() == 1
+    weights = torch.eye(PATCHES)[None, :, :8]
+    assert adaptive_mask(weights, 0.25).sum() == 2  # eight tokens are looked at
+    scores = output.scores(0)
+    for row, image in enumerate(output.local_image_tokens):
+        for column, text in enumerate(output.local_text_tokens):
+            kept = image[output.local_image_mask[row]], text[output.local_text_mask[column]]
+            alike = F.leaky_relu(kept[1] @ kept[0].T, 0.1)
+            expected_score = alike.max(1).values.mean() + alike.max(0).values.mean()
+            torch.testing.assert_close(scores[row, column], expected_score, rtol=0, atol=1e-5)
+
+
+def test_spans_are_pooled_in_front_of_the_final_norm(model: FineLIPModel, batch: dict[str, Tensor]) -> None:
+    """As GOAL's code has it: mean, final norm, projection."""
+    spans = torch.tensor([[[1, 4], [2, 6]], [[5, 90], [0, 0]], [[1, 29], [3, 4]], [[0, 1], [0, 2]]])
+    tokens, embeds = model.span_embeds(batch["input_ids"], spans)
+    torch.testing.assert_close(tokens, model.encode_text(batch["input_ids"], batch["attention_mask"])[1])
+    tower = model.clip.text_model
+    states = tower(batch["input_ids"], output_hidden_states=True).hidden_states[-1]
+    for row, column, (first, end) in ((0, 1, (2, 6)), (1, 0, (5, 90)), (2, 1, (3, 4))):
+        mean = states[row, first:end].mean(0)
+        expected = model.clip.text_projection(tower.final_layer_norm(mean))
+        torch.testing.assert_close(embeds[row, column], expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(embeds[0, 0], tokens[0, 1:4].mean(0), atol=1e-3)  # the other order is another thing
 
 
 # --- configuration --------------------------------------------------------------------------------------------------

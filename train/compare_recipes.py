@@ -17,7 +17,7 @@ A sweep is a file of train/sweeps: a recipe, and what is changed of it.
 Two cores take about two hours for the defaults. On a machine with a GPU and 16 cores:
 
     python train/compare_recipes.py --output_dir runs/recipes --jobs 12 --max_train_steps 300 --sweeps all \\
-        --num_drawn_prompts 200 --num_inference_steps 20 --tune_steps 200
+        --num_groups 96 --num_drawn_prompts 200 --num_inference_steps 20 --tune_steps 200
 """
 
 import hashlib
@@ -95,15 +95,15 @@ class Arguments:
     base: str = field(
         default=str(BUNDLED_MODEL), metadata={"help": "The Stable Diffusion whose frozen UNet draws scenes."}
     )
-    max_train_steps: int = field(default=60, metadata={"help": "The updates of a run."})
+    max_train_steps: int = field(default=50, metadata={"help": "The updates of a run."})
     train_batch_size: int = field(default=40, metadata={"help": "The pairs, in groups of eight near-duplicates."})
     learning_rate: float = field(default=5e-4, metadata={"help": "The rate of all parameters of all recipes."})
     mixed_precision: str = field(default="bf16", metadata={"help": "The precision of training: no or bf16."})
-    num_groups: int = field(default=48, metadata={"help": "The groups of eight in the gallery."})
+    num_groups: int = field(default=24, metadata={"help": "The groups of eight in the gallery."})
     num_probe_captions: int = field(default=400, metadata={"help": "The captions of the probes. Half fit the probe."})
     num_short_prompts: int = field(default=100, metadata={"help": "The prompts on which drift is measured."})
-    num_drawn_prompts: int = field(default=32, metadata={"help": "The prompts that the frozen UNet draws. 0: none."})
-    num_inference_steps: int = field(default=12, metadata={"help": "The denoising steps of a drawing."})
+    num_drawn_prompts: int = field(default=24, metadata={"help": "The prompts that the frozen UNet draws. 0: none."})
+    num_inference_steps: int = field(default=10, metadata={"help": "The denoising steps of a drawing."})
     guidance_scale: float = field(default=3.0, metadata={"help": "The guidance scale of a drawing."})
     tune_steps: int = field(default=0, metadata={"help": "The updates through the frozen UNet. 0 leaves them out."})
     jobs: int = field(default=1, metadata={"help": "The runs at a time. They share the cores and the GPU."})
@@ -151,13 +151,10 @@ def read_sweep(path: Path) -> Sweep:
     if not isinstance(content, dict) or content.keys() != {"base", "title", "values"}:
         raise ValueError(f"{path} is not a sweep: it has base, title and values.")
     base = read_content(RECIPES / f"{content['base']}.yaml")
-    variants = {
-        str(value): (
-            f"{path.stem}={re.sub('[^0-9a-z.]+', '-', str(value))}",
-            base | changed | {"description": f"{path.stem} {value}"},
-        )
-        for value, changed in content["values"].items()
-    }
+    variants = {}
+    for value, changed in content["values"].items():
+        name = f"{path.stem}={re.sub('[^0-9a-z.]+', '-', str(value))}"
+        variants[str(value)] = name, base | changed | {"description": f"{path.stem} {value}"}
     for name, recipe in variants.values():
         make_recipe(name, recipe, f"{path}, {name}")
     return Sweep(path.stem, content["title"], variants)
@@ -328,9 +325,9 @@ def tune(folder: Path, seed: int, args: Arguments) -> None:
     """Trains the encoder through the frozen UNet, by `finetune_text_to_image.py`."""
     flags = {
         "preset": "scenes", "pretrained_model_name_or_path": args.base, "finelip": folder, "train_data": "scenes",
-        "output_dir": folder / "tuned", "cache_dir": args.output_dir / "work" / f"latents-{seed}",
-        "num_scenes": 2000, "max_train_steps": args.tune_steps, "lr_warmup_steps": args.tune_steps // 10,
-        "checkpointing_steps": args.tune_steps, "num_validation_prompts": 0, "seed": seed, "report_to": "none",
+        "output_dir": folder / "tuned", "seed": seed, "report_to": "none", "num_validation_prompts": 0,
+        "num_scenes": min(2000, 48 * args.tune_steps), "max_train_steps": args.tune_steps,
+        "checkpointing_steps": args.tune_steps, "lr_warmup_steps": args.tune_steps // 10,
     }  # fmt: skip
     command = [sys.executable, str(HERE / "finetune_text_to_image.py"), *(f"--{key}={flags[key]}" for key in flags)]
     threads = str(torch.get_num_threads())
@@ -539,9 +536,7 @@ def plot_sweeps(sweeps: Sequence[Sweep], results: Results, file: Path) -> bool:
     panels[0][0].legend(fontsize=7)
     figure.tight_layout()
     with writing(file) as part:
-        figure.savefig(
-            part, format=file.suffix[1:], dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None
-        )
+        figure.savefig(part, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     return True
 
@@ -657,9 +652,10 @@ def main(args: Arguments) -> None:
         with writing(args.page) as part:
             part.write_text(page(listed | results, sweeps, left, args), encoding="utf-8")
     print(report)
-    print(
-        f"{len(tasks) - len(left)} of {len(tasks)} runs are there." + (f" Missing: {', '.join(left)}." if left else "")
-    )
+    hours = sum(one["cpu_seconds"] for own in results.values() for one in own) / 3600
+    print(f"{len(tasks) - len(left)} of {len(tasks)} runs are there, made in {hours:.2f} hours of one core.")
+    if left:
+        print(f"Missing: {', '.join(left)}.")
     if failed:
         raise ValueError(f"{len(failed)} runs failed ({', '.join(failed)}): {args.output_dir / 'logs'} says why.")
 

@@ -155,13 +155,14 @@ def edits_of(row: dict[str, Any], captions: int = 1) -> list[list[str]]:
     if value is None:
         return [[] for _ in range(captions)]
     try:
-        value = json.loads(value) if isinstance(value, str) else list(value)
+        value = json.loads(value) if isinstance(value, str) else value
         lists = [value] if captions == 1 and all(isinstance(each, str) for each in value) else value
-        if len(lists) != captions or not all(isinstance(text, str) for texts in lists for text in texts):
+        known = isinstance(lists, list) and len(lists) == captions and all(isinstance(own, list) for own in lists)
+        if not known or not all(isinstance(text, str) for own in lists for text in own):
             raise ValueError
-        return [[" ".join(text.split()) for text in texts] for texts in lists]
+        return [[" ".join(text.split()) for text in own] for own in lists]
     except (TypeError, ValueError) as error:
-        raise Unusable(f"the edited captions are no list of texts for each of the {captions} captions") from error
+        raise Unusable(f"the edited captions are not a list of texts for each of {captions} captions") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- listing
