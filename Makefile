@@ -1,10 +1,11 @@
 # Each target is one command on a fresh machine: it makes its own environment and installs what it needs.
-# Once that has happened, nothing here touches the network until pyproject.toml changes.
+# Once that has happened, nothing here touches the network until pyproject.toml or tests/package-lock.json changes.
 
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+AXE := tests/node_modules/.package-lock.json
 CODE := $(wildcard finelip_diffusion pipelines train app examples benchmarks)
 
 .DEFAULT_GOAL := help
@@ -27,11 +28,11 @@ space: ## gather a Hugging Face Space in build/space
 	cp -r finelip_diffusion build/space/
 	find build/space -name __pycache__ -type d -prune -exec rm -rf {} +
 
-test: $(VENV)/.installed-dev ## run the test suite
+test: $(VENV)/.installed-dev $(AXE) ## run the test suite
 	$(OFFLINE) $(PY) -m pytest --numprocesses 2 --dist loadfile --junitxml build/tests/newest.xml
 	$(PY) tests/versions.py record newest build/tests/newest.xml
 
-test-oldest: ## run the test suite on the oldest versions that are supported, in .venv-oldest
+test-oldest: $(AXE) ## run the test suite on the oldest versions that are supported, in .venv-oldest
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.installed-oldest
 	$(OFFLINE) .venv-oldest/bin/python -m pytest --numprocesses 2 --dist loadfile --junitxml build/tests/oldest.xml
 	.venv-oldest/bin/python tests/versions.py record oldest build/tests/oldest.xml
@@ -82,6 +83,14 @@ $(VENV)/.installed-app: pyproject.toml | $(PY)
 $(VENV)/.installed-dev: pyproject.toml | $(PY)
 	$(PY) -m pip install --disable-pip-version-check -e '.[dev]'
 	@touch $(VENV)/.installed-core $(VENV)/.installed-app $@
+
+# axe-core, which the page's tests ask about accessibility.
+$(AXE): tests/package-lock.json
+	@if command -v npm >/dev/null; then \
+		npm ci --prefix tests --ignore-scripts --no-audit --no-fund --loglevel error && touch $@; \
+	else \
+		echo "make: npm is missing, so that tests of accessibility are skipped; on Debian and Ubuntu: apt install npm" >&2; \
+	fi
 
 # pip takes the newest that fits, uv can take the oldest: the lower bounds in pyproject.toml.
 $(VENV)/.installed-oldest: pyproject.toml | $(PY)
