@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from conftest import WIDTH
+from tiny_models import WIDTH
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 

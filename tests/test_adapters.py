@@ -4,16 +4,16 @@ import copy
 from collections.abc import Callable
 from functools import partial
 
-import conftest
 import diffusers
 import pytest
+import tiny_models
 import torch
 from compel import Compel, CompelForSD, CompelForSDXL, ReturnedEmbeddingsType
-from conftest import WIDTH
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_models import WIDTH
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
@@ -31,7 +31,7 @@ UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj")
 TEXT_LAYERS = ("q_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
-pixels = partial(conftest.pixels, steps=1)
+pixels = partial(tiny_models.pixels, steps=1)
 
 
 def embed(pipe, prompt, negative_prompt=None, **kwargs):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_text_encoder
+from tiny_models import tiny_text_encoder
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
 from finelip_diffusion.attention import attention_weights, record_attention

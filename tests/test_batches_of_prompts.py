@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import pixels
 from diffusers import EulerAncestralDiscreteScheduler
+from tiny_models import pixels
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
 from finelip_diffusion.prompts import LONG_PROMPTS

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_text_encoder
 from PIL import Image
+from tiny_models import tiny_text_encoder
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finelip_diffusion import cli

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import WIDTH, tiny_scheduler, tiny_text_encoder, tiny_unet, tiny_vae
 from diffusers import (
     AnimateDiffPipeline,
     ControlNetModel,
@@ -29,6 +28,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from tiny_models import WIDTH, tiny_scheduler, tiny_text_encoder, tiny_unet, tiny_vae
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline, attach

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_stable_diffusion, make_stable_diffusion_xl, tiny_unet
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from tiny_models import make_stable_diffusion, make_stable_diffusion_xl, tiny_unet
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_text_encoder
 from PIL import Image, ImageDraw
+from tiny_models import tiny_text_encoder
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 

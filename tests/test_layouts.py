@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WIDTH
 from public_layouts import (
     AS_IS,
     LAYOUTS,
@@ -20,6 +19,7 @@ from public_layouts import (
     small_encoder,
 )
 from safetensors.torch import load_file, save_file
+from tiny_models import WIDTH
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 from transformers import CLIPTextModelWithProjection

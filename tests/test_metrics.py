@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import LAYERS, WIDTH, tiny_text_encoder
+from tiny_models import LAYERS, WIDTH, tiny_text_encoder
 
 from finelip_diffusion.metrics import linear_probe, state_drift
 from finelip_diffusion.scenes import Scene, describe, fact_tokens, findings, read, render, sample_scene

@@ -3,10 +3,9 @@
 import copy
 from functools import partial
 
-import conftest
 import pytest
+import tiny_models
 import torch
-from conftest import LAYERS, WIDTH, tiny_scheduler, tiny_text_encoder, tiny_unet, tiny_vae
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -27,6 +26,7 @@ from diffusers import (
 )
 from diffusers.models import PriorTransformer
 from PIL import Image
+from tiny_models import LAYERS, WIDTH, tiny_scheduler, tiny_text_encoder, tiny_unet, tiny_vae
 from transformers import LlamaConfig, LlamaModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, attach
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 WORDS = ["red", "cat", "under", "a", "green", "tree", "beside", "two", "blue", "dogs", "asleep", ".", "crown"]
 
 
-pixels = partial(conftest.pixels, steps=1)
+pixels = partial(tiny_models.pixels, steps=1)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import logging
 import pytest
 import torch
 from compel import Compel, SplitLongTextMode
-from conftest import LAYERS, WIDTH, pixels
 from diffusers import StableDiffusionPipeline
+from tiny_models import LAYERS, WIDTH, pixels
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline
 from finelip_diffusion.prompts import LONG_PROMPTS

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WIDTH, pixels, tiny_text_encoder
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from tiny_models import WIDTH, pixels, tiny_text_encoder
 
 from finelip_diffusion import FineLIPStableDiffusionXLPipeline
 from finelip_diffusion.positions import stretch_positions

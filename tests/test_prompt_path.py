@@ -8,8 +8,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-from conftest import WIDTH, pixels, tiny_text_encoder
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from tiny_models import WIDTH, pixels, tiny_text_encoder
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline, attach, prompt_encoder
 from finelip_diffusion.prompts import LONG_PROMPTS, PromptSettings

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from conftest import pixels, tiny_text_encoder
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from tiny_models import pixels, tiny_text_encoder
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, load_text_encoder
 from finelip_diffusion.publishing import push_to_hub

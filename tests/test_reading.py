@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import WIDTH, pixels
 from safetensors.torch import save_file
+from tiny_models import WIDTH, pixels
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline, PromptEmbeds
 from finelip_diffusion.prompts import LONG_PROMPTS, read_prompt

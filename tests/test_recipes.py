@@ -200,6 +200,7 @@ def assert_one_sentence(sentence: str, function: Any, *args: Any) -> None:
         ({"local_loss": "flair"}, "flair compares sub_embeds, .* captions: full does not draw; .*: sub_captions or m"),
         ({"local_loss": "goal_text_span", "captions": "merged_captions"}, "goal_text_span compares span_embeds"),
         ({"coarse": "edited"}, "edited compares edits of captions: choose num_edits"),
+        ({"after": 3}, "after is 3, not a text"),
         ({"edit_place": "late"}, "edit_place is 'late', not one of any, before, after"),
         ({"rewrites": "yes"}, "rewrites is 'yes', not true or false"),
         ({"length_curriculum": 1.5}, "length_curriculum is 1.5, but a share is at most 1"),

@@ -3,14 +3,14 @@
 import copy
 from functools import partial
 
-import conftest
 import pytest
+import tiny_models
 import torch
 from accelerate import cpu_offload, dispatch_model
-from conftest import WIDTH, tiny_unet
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from packaging.version import Version
+from tiny_models import WIDTH, tiny_unet
 from torch import nn
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
@@ -19,7 +19,7 @@ from finelip_diffusion.prompts import LONG_PROMPTS
 STRATEGIES = [how for how in LONG_PROMPTS if how != "auto"]  # which is one of two others
 
 
-pixels = partial(conftest.pixels, steps=1)
+pixels = partial(tiny_models.pixels, steps=1)
 
 
 def models(pipe) -> dict[str, nn.Module]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WIDTH, pixels, tiny_text_encoder, tiny_unet
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from tiny_models import WIDTH, pixels, tiny_text_encoder, tiny_unet
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline, attach
 from finelip_diffusion.positions import stretch_positions

@@ -10,11 +10,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import make_stable_diffusion, make_stable_diffusion_xl, tiny_text_encoder, tiny_unet
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from packaging.version import Version
 from public_layouts import hugging_face, open_clip, prefixed, renamed
 from safetensors.torch import load_file, save_file
+from tiny_models import make_stable_diffusion, make_stable_diffusion_xl, tiny_text_encoder, tiny_unet
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finelip_diffusion import (

@@ -7,9 +7,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import make_stable_diffusion, tiny_text_encoder
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
+from tiny_models import make_stable_diffusion, tiny_text_encoder
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, attach
 from finelip_diffusion.upstream import name_dtype

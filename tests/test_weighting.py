@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from compel import Compel, ReturnedEmbeddingsType, SplitLongTextMode
-from conftest import WIDTH
+from tiny_models import WIDTH
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
 from finelip_diffusion.prompts import LONG_PROMPTS
