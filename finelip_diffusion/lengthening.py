@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .positions import STOCK_POSITIONS, stretch_positions
 from .prompts import LongPrompt, PromptSettings
@@ -141,6 +141,43 @@ def second_source(finelip: str | Path | None) -> tuple[str | Path | None, dict[s
     """Where the long encoder of SDXL's second place is, if it lies beside the first, and how it is asked for."""
     there = finelip is not None and (Path(finelip) / "text_encoder_2").is_dir()
     return (finelip, {"subfolder": "text_encoder_2"}) if there else (None, {})
+
+
+def without_stock(
+    base: str | Path, finelip: str | Path | None, places: list[str], given: dict[str, Any]
+) -> dict[str, Any]:
+    """Long encoders for places in which no stock one is wanted, so that it is never in memory.
+
+    Args:
+        base: Folder or hub id of a pipeline.
+        finelip: Any source of `load_text_encoder` for the first place; None leaves all to the loader.
+        places: Endings of their names.
+        given: Arguments of the loader.
+
+    Returns:
+        Encoders and tokenizers by name. A place whose stock encoder has tokens of its own (textual inversion) is left
+        to the loader, which brings them along.
+
+    Raises:
+        ValueError: Whatever `load_text_encoder` raises.
+    """
+    if finelip is None or given.keys() & {"device_map", "quantization_config", "text_encoder", "text_encoder_2"}:
+        return {}
+    hub = {name: given[name] for name in ("revision", "token", "local_files_only", "cache_dir") if name in given}
+    found: dict[str, Any] = {}
+    for place in places:
+        name, dtype = f"text_encoder{place}", given.get("dtype", given.get("torch_dtype")) or torch.float32
+        source, options = (finelip, {}) if not place else second_source(finelip)
+        if source is None:
+            source, options = base, {"subfolder": name, **{key: hub[key] for key in hub if key != "cache_dir"}}
+        config = CLIPTextConfig.from_pretrained(str(base), subfolder=name, **hub)
+        dtype = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
+        text_encoder, tokenizer = load_text_encoder(source, projection=bool(place), dtype=dtype, **options)
+        if text_encoder.config.vocab_size == config.vocab_size:
+            if not (Path(finelip) / "unet").is_dir():  # a UNet beside it was adapted to the whole encoder
+                _leave_out_layers(text_encoder, config.num_hidden_layers)
+            found |= {name: text_encoder, f"tokenizer{place}": tokenizer}
+    return found
 
 
 def _bring_embeddings(

@@ -35,9 +35,10 @@ def fuse_adapters(pipe: Any, finelip: str | Path | None, kwargs: dict[str, Any])
     if not adapted or "unet" in kwargs:
         return
     logger.info("the LoRA in %s was trained for the encoder beside it and is fused into the UNet of the base", finelip)
-    pipe.load_lora_weights(str(finelip), weight_name=UNET_LORA)
+    state_dict, network_alphas = pipe.lora_state_dict(str(finelip), weight_name=UNET_LORA)[:2]
+    pipe.load_lora_into_unet(state_dict, network_alphas=network_alphas, unet=pipe.unet, _pipeline=pipe)
     pipe.fuse_lora(["unet"])
-    pipe.unload_lora_weights()
+    pipe.unet.unload_lora()
 
 
 def single_file_components(

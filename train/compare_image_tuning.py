@@ -42,7 +42,7 @@ from finelip_diffusion.metrics import probe_text_states, state_drift
 from finelip_diffusion.model import load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
 from finelip_diffusion.positions import STOCK_POSITIONS
-from finelip_diffusion.scenes import Caption, describe, findings, read, render, sample_scene
+from finelip_diffusion.scenes import ATTRIBUTES, Caption, describe, findings, read, render, sample_scene
 from finelip_diffusion.tuning import STRETCHED, share_tower
 from finelip_diffusion.validation import Curve, draw
 
@@ -549,7 +549,7 @@ def tables(args: Arguments) -> str:
             if start != STOCK:
                 right = mean(own, "retrieval", lambda ranks: ranks and [rank == 0 for rank in ranks])
                 probes = [[result["probes"][name] for result in own if "probes" in result]
-                          for name in ("cell", "colour", "shape", "size")]  # fmt: skip
+                          for name in ATTRIBUTES]  # fmt: skip
                 shares = [number(float(np.mean(each))) if each else "–" for each in probes]
                 further.append([label, cell(right), *shares])
             elsewhere.append([label, cell(side(own, "long", True)), *(
@@ -557,7 +557,7 @@ def tables(args: Arguments) -> str:
             )])  # fmt: skip
     lines += ["### What does it cost?", ""]
     lines += markdown_table(["encoder", "short prompts", "background", "state drift", "prediction drift"], rows)
-    heads = ["encoder", "right image in its group", "cell", "color", "shape", "size"]
+    heads = ["encoder", "right image in its group", *ATTRIBUTES]
     lines += ["", *markdown_table(heads, further), ""]
     if names:
         lines += ["### Does it carry over to a UNet that it has not seen?", "", "Found after token 77:", "",

@@ -32,7 +32,12 @@ def bucket_sizes(resolution: int, step: int = BUCKET_STEP, longest: float = 2.0)
         resolution: Side of the square bucket.
         step: Pixels.
         longest: The largest ratio of two sides.
+
+    Raises:
+        ValueError: If the resolution is below a step. One sentence.
     """
+    if resolution < step:
+        raise ValueError(f"a resolution of {resolution} has no aspect ratio buckets: they need at least {step}.")
     sizes = set()
     for short in range(step, resolution + 1, step):
         long = resolution * resolution // short // step * step
