@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 
+from .positions import STOCK_POSITIONS
+
 CARD = "README.md"
 _SKIPPED = ("checkpoint-", ".", "logs")  # what training leaves in a folder beside its result
 
@@ -102,7 +104,7 @@ def model_card(folder: str | Path, repo_id: str, base_model: str | None = None) 
         body = "A report of finelip-diffusion: `report.json` has every figure with its interval."
         return ModelCard(f"---\n{about.to_yaml()}\n---\n\n# {name}\n\n{body}\n")
     config = json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))
-    positions = config.get("max_position_embeddings", 77)
+    positions = config.get("max_position_embeddings", STOCK_POSITIONS)
     about = ModelCardData(
         library_name="diffusers" if kind == "pipeline" else "transformers",
         pipeline_tag="text-to-image" if kind == "pipeline" else None,

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from ..data.datasets import GROUP_SIZE, Example
 from ..data.sources import Skip
 from ..heads import TokenScore, finelip_score
 from ..model import GLOBAL_SHARE, FineLIPModel
+from ..pipeline import BUNDLED_MODEL
 from ..scenes import STOCK_CONTENT_TOKENS, Caption, Scene, alterations, describe, fact_tokens, render, sample_scene
 
 VIEWS = ("whole", "without_first", "first_last", "truncated", "sentences")
@@ -372,7 +372,7 @@ def scenes_gallery(num_groups: int = 128, seed: int = 0) -> SceneGallery:
         num_groups: of eight scenes. The first groups are the same, however many there are.
         seed: any integer.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(Path(__file__).parents[1] / "bundled" / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(BUNDLED_MODEL / "tokenizer")
     pairs: list[tuple[Scene, Caption]] = []
     for group in range(num_groups):
         pairs += _late_group(tokenizer, 6 + group % 4, random.Random(f"gallery {seed} {group}"))
