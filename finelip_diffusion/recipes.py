@@ -36,6 +36,7 @@ class Recipe:
     Attributes:
         name: of the recipe.
         description: where it comes from, and what is known of its results.
+        after: the recipe beside it whose result it starts from, where it is a second stage.
         position: `kps` stretches the position table of a CLIP (knowledge-preserved stretching), `rotary` takes it out
             and turns queries and keys; a model that was trained before keeps what it has.
         max_length: tokens that the encoder reads, start and end included; none is 248.
@@ -72,6 +73,7 @@ class Recipe:
 
     name: str
     description: str = ""
+    after: str | None = None
     position: Literal["kps", "rotary"] = "kps"
     max_length: int | None = None
     captions: CaptionKind = "full"
@@ -126,6 +128,7 @@ _DRAWN: dict[str, tuple[CaptionKind, ...]] = {  # what a term may read -> the ca
     "span_embeds": ("sub_captions",),
 }
 _REFINEMENT = ("refined_share", "refined_text_share", "adaptive_share", "global_tokens")
+_TEXTS = ("description", "after")
 _OPTIONAL = ("logit_scale", "max_length", *_REFINEMENT[:3])
 _FLAGS = ("rewrites", "global_tokens")
 _LEAST = {
@@ -208,7 +211,9 @@ def make_recipe(name: str, content: Mapping[str, Any], where: str = "the recipe"
                 raise ValueError(f"{where}: refine holds {wrong[0]!r}, not image or text.")
         elif key in _FLAGS and not isinstance(value, bool):
             raise ValueError(f"{where}: {key} is {value!r}, not true or false.")
-        elif key in _CHOICES or key in _FLAGS or key == "description":
+        elif key in _TEXTS and not isinstance(value, str):
+            raise ValueError(f"{where}: {key} is {value!r}, not a text.")
+        elif key in _CHOICES or key in _FLAGS or key in _TEXTS:
             values[key] = value
         elif key in _OPTIONAL and value in (None, "none"):
             values[key] = None

@@ -174,7 +174,7 @@ def assert_one_sentence(sentence: str, function: Any, *args: Any) -> None:
     [
         (
             {"learning_rat": 1},
-            "the unknown key 'learning_rat': choose among description, position, max_length, captions",
+            "the unknown key 'learning_rat': choose among description, after, position, max_length",
         ),
         ({"name": "mine"}, "unknown key 'name'"),
         ({"local_loss": "fineclip"}, "local_loss is 'fineclip', not none or one of beta_clip, cloob, edited"),

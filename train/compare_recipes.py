@@ -172,7 +172,9 @@ def wanted_recipes(args: Arguments) -> tuple[dict[str, dict[str, Any]], list[Swe
         raise ValueError(f"there is no recipe {unknown[0]!r}: choose among {', '.join(known)}.")
     every = sorted(file.stem for file in SWEEPS.glob("*.yaml"))
     sweeps = [read_sweep(SWEEPS / f"{name}.yaml") for name in (every if args.sweeps == ["all"] else args.sweeps)]
-    return {name: read_content(RECIPES / f"{name}.yaml") for name in names}, sweeps
+    contents = {name: read_content(RECIPES / f"{name}.yaml") for name in names}
+    stages = {content.get("after") for content in contents.values()}  # the first of two, trained with the second
+    return {name: content for name, content in contents.items() if name not in stages}, sweeps
 
 
 def fingerprint(*sources: str) -> str:
@@ -248,15 +250,20 @@ def train(
     sys.path.insert(0, str(HERE))
     import finetune_encoder
 
+    started, busy = time.perf_counter(), time.process_time()
+    start = args.pretrained_model_name_or_path
+    if first := content.get("after"):
+        train(first, read_content(RECIPES / f"{first}.yaml"), seed, folder / "first", args, device)
+        start = str(folder / "first" / "finelip_model")
+    folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / f"{name}.yaml"
     recipe.write_text(yaml.safe_dump(content, sort_keys=False))
-    started, busy = time.perf_counter(), time.process_time()
     finetune_encoder.main(
         finetune_encoder.Arguments(
             output_dir=folder,
             recipe=str(recipe),
             seed=seed,
-            pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+            pretrained_model_name_or_path=start,
             train_data="scenes",
             num_scenes=8 * -(-args.max_train_steps * args.train_batch_size // 8),
             train_batch_size=args.train_batch_size,
@@ -657,7 +664,7 @@ def main(args: Arguments) -> None:
     if left:
         print(f"Missing: {', '.join(left)}.")
     if failed:
-        raise ValueError(f"{len(failed)} runs failed ({', '.join(failed)}): {args.output_dir / 'logs'} says why.")
+        raise ValueError(f"these runs failed: {', '.join(failed)}; {args.output_dir / 'logs'} says why.")
 
 
 if __name__ == "__main__":
