@@ -1,6 +1,7 @@
 """The benchmarks at a tiny size: what they compare agrees, and their bars can be missed."""
 
 import importlib.util
+import json
 import math
 import re
 import sys
@@ -167,3 +168,17 @@ def test_image_tuning_sets_an_update_beside_the_bare_unet(monkeypatch: pytest.Mo
         assert whole > alone > 0 and ratio == pytest.approx(whole / alone, rel=0.05)  # printed to a tenth of a ms
     kept = table_of(memory)
     assert kept["without checkpointing"][0] > kept["with checkpointing"][0] >= 0
+
+
+def test_half_of_the_text_encoders_stays_without_the_stock_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    loading = load_script("loading", monkeypatch)
+    loading.write(tmp_path, tiny=True)
+    found = {}
+    for row in ("xl/both", "xl/long alone"):
+        capsys.readouterr()
+        loading.load(tmp_path, row)
+        found[row] = json.loads(capsys.readouterr().out)["stays"]
+    # the position table of a stock encoder is shorter
+    assert found["xl/both"] / 2 < found["xl/long alone"] < 0.51 * found["xl/both"]
