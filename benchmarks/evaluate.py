@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from finelip_diffusion.evaluation.features import Extractor, extract, load_extractor, statistics_of
+from finelip_diffusion.evaluation.intervals import markdown_table
 from finelip_diffusion.metrics import frechet_distance
 from finelip_diffusion.scenes import render, sample_scene
 
@@ -216,15 +217,14 @@ def main(args: Arguments) -> None:
         f"n = {args.repeats} x 2 sets of {args.num_images} PNGs, EfficientNet-Lite0, batches of {args.batch_size}; "
         f"seconds of one CPU thread, torch {torch.__version__}\n"
     )
-    print("| tool | images/s | ours is faster by | with features alone by | seconds of the distance | distance |")
-    print("|---|---|---|---|---|---|")
+    heads = ["tool", "images/s", "ours is faster by", "with features alone by", "seconds of the distance", "distance"]
+    rows = []
     for name, seconds in took.items():
         rate = 2 * args.num_images / np.median(seconds.sum(1))
         features_alone = median_ratio(seconds[:, 0], took[OURS][:, 0])
-        print(
-            f"| {name} | {rate:.3g} | {speeds.get(name, 1.0):.2f} | {features_alone:.2f} | "
-            f"{np.median(seconds[:, 1]):.2f} | {distances[name]:.5f} |"
-        )
+        speed, took_by_distance = f"{speeds.get(name, 1.0):.2f}", f"{np.median(seconds[:, 1]):.2f}"
+        rows.append([name, f"{rate:.3g}", speed, f"{features_alone:.2f}", took_by_distance, f"{distances[name]:.5f}"])
+    print(*markdown_table(heads, rows), sep="\n")
     print(f"\nours, an image: {1000 * reading:.2f} ms reading and resizing, {1000 * (whole - reading):.2f} ms network")
     print("peak memory: " + ", ".join(f"{count} images {peak:.0f} MB" for count, peak in memory.items()))
     print(

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, HfArgumentParser
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
+from finelip_diffusion.evaluation.intervals import markdown_table, shown
 from finelip_diffusion.text_encoder import MAX_LENGTH, text_embeddings
 from finelip_diffusion.tokenizer import VOCAB_SIZE, clip_tokenizer
 
@@ -269,24 +270,24 @@ def median(costs: list[Cost], what: str) -> float:
 
 
 def print_table(title: str, costs: dict[Any, list[Cost]], results: dict[Any, list[Tensor]]) -> None:
-    print(
-        f"\n{title}, n = {len(costs[77, 'ours'])} rounds\n\n"
-        "| tokens | CPU s, stock | ours | ours / stock | by the clock | of 77 tokens | MB, stock | ours | apart |\n"
-        "|---|---|---|---|---|---|---|---|---|"
-    )
+    heads = ["tokens", "CPU s, stock", "ours", "ours / stock", "by the clock", "of 77 tokens"]
+    heads += ["MB, stock", "ours", "apart"]
+    rows = []
     for length in LENGTHS:
         stock, ours = costs[length, "stock"], costs[length, "ours"]
         ratios = [ratio(ours, stock), ratio(ours, stock, "wall"), ratio(ours, costs[77, "ours"])]
         pairs = zip(results[length, "stock"], results[length, "ours"], strict=True)
         difference = max((one - other).abs().max().item() for one, other in pairs)
-        cells = [
-            f"{length}",
-            *(f"{median(side, 'cpu'):.2f}" for side in (stock, ours)),
-            *(f"{middle:.3f} [{low:.3f}, {high:.3f}]" for middle, low, high in ratios),
-            *(f"{median(side, 'megabytes'):.0f}" for side in (stock, ours)),
-            f"{difference:.0e}",
-        ]
-        print(f"| {' | '.join(cells)} |")
+        rows.append(
+            [
+                f"{length}",
+                *(f"{median(side, 'cpu'):.2f}" for side in (stock, ours)),
+                *(shown(dict(zip(("value", "low", "high"), found, strict=True))) for found in ratios),
+                *(f"{median(side, 'megabytes'):.0f}" for side in (stock, ours)),
+                f"{difference:.0e}",
+            ]
+        )
+    print(f"\n{title}, n = {len(costs[77, 'ours'])} rounds\n", *markdown_table(heads, rows), sep="\n")
 
 
 def print_growth(ours: Any, args: Arguments) -> None:
@@ -294,17 +295,14 @@ def print_growth(ours: Any, args: Arguments) -> None:
     runs: Runs = {tokens: partial(encode, ours, text_of(tokens, SENTENCE)) for tokens in args.very_long}
     encode(ours, text_of(MAX_LENGTH))  # what libraries do on their first call
     costs, results = take_turns(runs, args.rounds)
-    print(
-        f"\nencoding very long prompts, n = {args.rounds} rounds\n\n"
-        "| tokens | states | CPU s | ms a state | MB | KB a state |\n|---|---|---|---|---|---|"
-    )
     states = {tokens: results[tokens][0].shape[1] for tokens in runs}
+    rows = []
     for tokens, length in states.items():
         cpu, megabytes = (median(costs[tokens], what) for what in ("cpu", "megabytes"))
-        print(
-            f"| {tokens} | {length} | {cpu:.2f} | {1e3 * cpu / length:.2f} "
-            f"| {megabytes:.0f} | {1e3 * megabytes / length:.0f} |"
-        )
+        each = [f"{1e3 * cpu / length:.2f}", f"{megabytes:.0f}", f"{1e3 * megabytes / length:.0f}"]
+        rows.append([f"{tokens}", f"{length}", f"{cpu:.2f}", *each])
+    heads = ["tokens", "states", "CPU s", "ms a state", "MB", "KB a state"]
+    print(f"\nencoding very long prompts, n = {args.rounds} rounds\n", *markdown_table(heads, rows), sep="\n")
     lengths = [math.log(length) for length in states.values()]
     exponents = [
         statistics.linear_regression(lengths, [math.log(median(costs[tokens], what)) for tokens in runs]).slope

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import HfArgumentParser
 
+from finelip_diffusion.evaluation.intervals import markdown_table
 from finelip_diffusion.scores import NEGATIVE_SLOPE, late_interaction, max_similarity
 
 # float32 sums a few hundred matches; bfloat16 rounds each match, and the sum, to 8 bits.
@@ -220,11 +221,13 @@ def compare(args: Arguments, dtype: torch.dtype) -> list[str]:
         f"width {args.width}, {str(dtype).removeprefix('torch.')}, {where}, torch {torch.__version__}, "
         f"median of {args.repeats}\n"
     )
-    print("| forward and backward, unless said | seconds | of the bare product | extra memory, MB | gradient error |")
-    print("|---|---|---|---|---|")
+    heads = ["forward and backward, unless said", "seconds", "of the bare product"]
+    heads += ["extra memory, MB", "gradient error"]
+    lines = []
     for row in rows:
         error = f"{errors[row]:.1e}" if row in errors else "-"
-        print(f"| {row} | {took[row]:.4f} | {ratios[row]:.2f} | {memory[row]:.0f} | {error} |")
+        lines.append([row, f"{took[row]:.4f}", f"{ratios[row]:.2f}", f"{memory[row]:.0f}", error])
+    print(*markdown_table(heads, lines), sep="\n")
     print(f"\nlargest difference of a score to float64: {wrong:.1e}\n")
     if args.device != "cuda":
         return []
