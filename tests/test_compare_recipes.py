@@ -116,6 +116,9 @@ def test_figures_are_means_over_seeds_and_intervals_over_what_was_drawn(script: 
     assert "| one | 0.750 [0.500, 1.000] |" in table and "| chunk | – | 0.000" in table
     difference = "\n".join(script.paired(results, "one", ["other"]))
     assert "+0.750 [+0.500, +1.000]" in difference and "1 of 1" in difference
+    assert "Above it: `one`. Below it: none. Not told apart: `other`." in script.readings(results)[0]
+    assert not script.paired(results, "one", ["chunk", "one"])
+    assert {"no_atrm", "finelip_local"} <= set(script.bases()["finelip"])
     said = script.choices(results)
     assert said[0].startswith("- **Retrieval**: `one`, R@1 0.750") and "`one`" in said[1] and "chunk: 0.000" in said[1]
 

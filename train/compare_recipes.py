@@ -462,30 +462,78 @@ def tables(results: Results) -> list[str]:
     return lines + table("Drift, time and memory", ["recipe", "last", "last but one", "minutes", "MiB"], rows)
 
 
+def difference(one: list[Result], other: list[Result], name: str) -> dict[str, Any] | None:
+    """A recipe's figure less another's with its interval: of the gallery by query, of pictures by prompt."""
+    if "/" in name:
+        return interval(pooled(one, name) - pooled(other, name))
+    if not all(result.get(name) for result in (*one, *other)):
+        return None
+    (a, prompts), (b, _) = (facts(results, name, True) for results in (one, other))
+    return bootstrap_interval(a - b, prompts)
+
+
 def paired(results: Results, one: str, others: Sequence[str]) -> list[str]:
     """Differences of a recipe from others, query by query and fact by fact."""
     trained = measured(results)
-    if one not in trained:
-        return []
+    names = ("whole/global/text_to_image", "whole/finelip/text_to_image", "pictures")
     rows = []
     for other in others:
-        if other not in trained or other == one:
-            continue
-        cells = []
-        for name in ("whole/global/text_to_image", "whole/finelip/text_to_image"):
-            cells.append(shown(interval(pooled(trained[one], name) - pooled(trained[other], name)), sign=True))
-        pictured = [all(result.get("pictures") for result in trained[name]) for name in (one, other)]
-        if all(pictured):
-            (a, prompts), (b, _) = (facts(trained[name], "pictures", True) for name in (one, other))
-            cells.append(shown(bootstrap_interval(a - b, prompts), sign=True))
-        else:
-            cells.append("–")
-        name = "whole/global/text_to_image"
-        signs = [first["hits"][name].count("1") > second["hits"][name].count("1")
-                 for first, second in zip(trained[one], trained[other], strict=False)]  # fmt: skip
-        rows.append([other, *cells, f"{max(sum(signs), len(signs) - sum(signs))} of {len(signs)}"])
+        if one in trained and other in trained and other != one:
+            cells = [shown(difference(trained[one], trained[other], name), sign=True) for name in names]
+            signs = [first["hits"][names[0]].count("1") > second["hits"][names[0]].count("1")
+                     for first, second in zip(trained[one], trained[other], strict=False)]  # fmt: skip
+            rows.append([other, *cells, f"{max(sum(signs), len(signs) - sum(signs))} of {len(signs)}"])
     heads = ["other", "R@1, global", "R@1, FineLIP*", "drawn, after 77", "seeds agree on the first"]
     return table(f"`{one}` less the other, paired by query and by prompt", heads, rows) if rows else []
+
+
+def told_apart(results: Results, name: str, base: str, others: Sequence[str]) -> str:
+    """Which of the others are above a recipe by a figure, below it, and not told apart from it."""
+    groups: dict[str, list[str]] = {"Above it": [], "Below it": [], "Not told apart": []}
+    for other in others:
+        if other in results and (found := difference(results[other], results[base], name)) is not None:
+            low, high = found["low"] or 0, found["high"] or 0
+            groups["Above it" if low > 0 else "Below it" if high < 0 else "Not told apart"].append(f"`{other}`")
+    return " ".join(f"{title}: {', '.join(names) or 'none'}." for title, names in groups.items())
+
+
+def bases() -> dict[str, list[str]]:
+    """By recipe, those that name it as their base: each changes something of it."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(RECIPES.glob("*.yaml")):
+        base = yaml.safe_load(file.read_text(encoding="utf-8")).get("base")
+        if base is not None:
+            found.setdefault(base, []).append(file.stem)
+    return found
+
+
+def readings(results: Results) -> list[str]:
+    """What the figures say, in sentences that they decide."""
+    trained = measured(results)
+    if UNTRAINED not in trained:
+        return []
+    names = [name for name in trained if name != UNTRAINED]
+    titles = {"whole/global/text_to_image": "**Retrieval**, R@1 by the global cosine",
+              "pictures": "**Plugged in**, facts drawn after token 77"}  # fmt: skip
+    lines = [
+        f"- {title}, against the stretched, untrained encoder. {told_apart(trained, name, UNTRAINED, names)}"
+        for name, title in titles.items()
+    ]
+    for base, others in bases().items():
+        if base in trained and (own := [other for other in others if other in trained]):
+            lines.append(f"- Recipes that change one thing of `{base}`, by R@1 (global). "
+                         f"{told_apart(trained, 'whole/global/text_to_image', base, own)}")  # fmt: skip
+    drawn = {name: figure["value"] for name in names if (figure := recall(trained[name], "pictures", True))}
+    if len(drawn) > 4:
+        from scipy.stats import spearmanr
+
+        found = [interval(pooled(trained[name], "whole/global/text_to_image"))["value"] for name in drawn]
+        probes = [np.mean([list(one["probes"].values()) for one in trained[name]]) for name in drawn]
+        lines.append(f"- Over these {len(drawn)} recipes, rank correlations: of R@1 with what is drawn after token 77 "
+                     f"{spearmanr(found, list(drawn.values())).statistic:+.2f}, of R@1 with what a probe reads "
+                     f"{spearmanr(found, probes).statistic:+.2f}, of the probe with what is drawn "
+                     f"{spearmanr(probes, list(drawn.values())).statistic:+.2f}.")  # fmt: skip
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------- sweeps
@@ -608,9 +656,9 @@ def page(results: Results, sweeps: Sequence[Sweep], missing: list[str], args: Ar
         "missing": f"Missing: {', '.join(missing)}." if missing else "Nothing is missing.",
     }
     text = TEXT.read_text(encoding="utf-8").format_map(values)
-    ablations = [name for name, own in results.items() if own and own[0]["settings"]["recipe"].get("local_loss")]
-    lines = [text, *tables(results), *paired(results, "finelip", ablations)]
-    lines += paired(results, "edited", ["edited_before", "edited_after", "neg_clip", "kps_infonce"])
+    lines = [text, "## What it says", "", *readings(results), "", "## Tables", "", *tables(results)]
+    for base, others in bases().items():
+        lines += paired(results, base, others)
     if swept := sweep_tables(sweeps, results):
         lines += ["## FineLIP's open questions", "", "![Sweeps](recipes_sweeps.svg)", "", *swept]
     return "\n".join(lines).rstrip() + "\n"
