@@ -95,7 +95,7 @@ class Arguments:
     base: str = field(
         default=str(BUNDLED_MODEL), metadata={"help": "The Stable Diffusion whose frozen UNet draws scenes."}
     )
-    max_train_steps: int = field(default=50, metadata={"help": "The updates of a run."})
+    max_train_steps: int = field(default=40, metadata={"help": "The updates of a run."})
     train_batch_size: int = field(default=40, metadata={"help": "The pairs, in groups of eight near-duplicates."})
     learning_rate: float = field(default=5e-4, metadata={"help": "The rate of all parameters of all recipes."})
     mixed_precision: str = field(default="bf16", metadata={"help": "The precision of training: no or bf16."})
@@ -220,7 +220,8 @@ def run(name: str, content: dict[str, Any] | None, seed: int, gallery: SceneGall
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(stream, 1), os.dup2(stream, 2)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
-    device = torch.device(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator or torch.device("cpu")
     result: Result = {"recipe": name, "seed": seed, "settings": settings}
     began = time.process_time()
     if name in STOCK:
@@ -319,7 +320,7 @@ def measure(source: Path | str, folder: Path, gallery: SceneGallery, args: Argum
     }
 
 
-def pictures(folder: Path | None, long_prompt: str, args: Arguments, device: torch.device) -> list[list[int]]:
+def pictures(folder: Path | None, long_prompt: Any, args: Arguments, device: torch.device) -> list[list[int]]:
     """What the frozen UNet shows of held-out prompts: for each, found and stated before token 77, and after it."""
     pipe = FineLIPStableDiffusionPipeline.from_pretrained(args.base, finelip=folder, long_prompt=long_prompt)
     pipe.set_progress_bar_config(disable=True)
@@ -344,7 +345,7 @@ def tune(folder: Path, seed: int, args: Arguments) -> None:
 def run_all(runs: Sequence[tuple[Any, ...]], jobs: int) -> list[str]:
     """Makes runs, `jobs` at a time, each in a process of its own; the names of those that failed."""
     # A process that is forked must not have seen the GPU; one that is forked on a CPU need not import anything.
-    context = multiprocessing.get_context("spawn" if torch.accelerator.is_available() else "forkserver")
+    context: Any = multiprocessing.get_context("spawn" if torch.accelerator.is_available() else "forkserver")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(PRELOADED)
 

@@ -153,8 +153,8 @@ class RecordDataset(CaptionDataset):
     def record(self, index: int) -> Record:
         """Caption, image file and ids of an example, without its image."""
         start = self._ends[index - 1] if index else 0
-        *own, edits = json.loads(self._bytes[start : self._ends[index]].tobytes())
-        return Record(*own, tuple(edits))
+        record = Record(*json.loads(self._bytes[start : self._ends[index]].tobytes()))
+        return record._replace(edits=tuple(record.edits))
 
     def image(self, record: Record) -> str | bytes:
         """The file, or the bytes of one, that a record speaks of."""
