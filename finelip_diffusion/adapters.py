@@ -18,14 +18,18 @@ class AdapterPipeline(DiffusionPipeline):
     _places: ClassVar[tuple[str, ...]] = ("",)
 
     @classmethod
-    def lora_state_dict(cls, *args: Any, **kwargs: Any) -> tuple:
+    def lora_state_dict(cls, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Reads a LoRA as diffusers does, and keeps the alphas that diffusers loses."""
         state_dict, network_alphas, *rest = super().lora_state_dict(*args, **kwargs)
         return *even_alphas(state_dict, network_alphas), *rest
 
     @classmethod
     def load_lora_into_text_encoder(
-        cls, state_dict: dict[str, Tensor], network_alphas: dict | None, text_encoder: TextEncoder, **kwargs: Any
+        cls,
+        state_dict: dict[str, Tensor],
+        network_alphas: dict[str, float] | None,
+        text_encoder: TextEncoder,
+        **kwargs: Any,
     ) -> None:
         """Loads a LoRA into a long encoder as diffusers does, and into the stock one that stands beside it."""
         prefix = kwargs.get("prefix") or cls.text_encoder_name

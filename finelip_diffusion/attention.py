@@ -97,14 +97,14 @@ def record_attention(pipe: DiffusionPipeline) -> Iterator[AttentionMaps]:
     """
     maps, grid = AttentionMaps(), [0, 0]
 
-    def see_image(unet: Any, args: tuple) -> None:
+    def see_image(unet: Any, args: tuple[Any, ...]) -> None:
         height, width = args[0].shape[-2:]
         maps.size = (height * pipe.vae_scale_factor, width * pipe.vae_scale_factor)
 
-    def see_grid(transformer: Any, args: tuple) -> None:
+    def see_grid(transformer: Any, args: tuple[Any, ...]) -> None:
         grid[:] = args[0].shape[-2:]
 
-    def see_attention(attention: Any, args: tuple, kwargs: dict) -> None:
+    def see_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states, text = args[0], kwargs["encoder_hidden_states"]  # (B, h * w, C), (B, T, D)
         if pipe.do_classifier_free_guidance:
             states, text = states.chunk(2)[1], text.chunk(2)[1]

@@ -13,7 +13,7 @@ from torch import Tensor
 from .prompt_encoder import PromptEncoder
 
 
-def draw(encoder: PromptEncoder, own: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+def draw(encoder: PromptEncoder, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """diffusers' `__call__` with the states of whole prompts in the place of texts.
 
     The UNet attends to every state that it gets, those that fill a short prompt up to the length of a long one

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from diffusers import (
@@ -40,6 +40,9 @@ BUNDLED_MODEL = Path(__file__).parent / "bundled"
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "token")
 
 
+_Pipeline = TypeVar("_Pipeline", bound="_LongPromptPipeline")
+
+
 def _setting(name: str, doc: str) -> Any:
     """A setting of the pipeline as an attribute; a new value makes new settings."""
 
@@ -70,12 +73,12 @@ class _LongPromptPipeline(AdapterPipeline):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[_Pipeline],
         base: str | Path | None = None,
         finelip: str | Path | None = None,
         long_prompt: LongPrompt | None = None,
         **kwargs: Any,
-    ):
+    ) -> _Pipeline:
         """Loads a Stable Diffusion and puts a long text encoder into it.
 
         Args:
@@ -119,13 +122,13 @@ class _LongPromptPipeline(AdapterPipeline):
 
     @classmethod
     def from_single_file(
-        cls,
+        cls: type[_Pipeline],
         path: str | Path,
         finelip: str | Path | None = None,
         long_prompt: LongPrompt | None = None,
         config: str | Path | None = None,
         **kwargs: Any,
-    ):
+    ) -> _Pipeline:
         """Loads a Stable Diffusion from one file, as its authors and A1111 have it, and does as `from_pretrained`.
 
         Args:

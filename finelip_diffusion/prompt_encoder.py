@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,6 +22,8 @@ from .text_encoder import TextEncoder
 from .weighting import Mixture, parse_weights
 
 logger = logging.getLogger(__name__)
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 _Models = dict["Source", tuple[TextEncoder, CLIPTokenizer]]
 """The encoder of each source, and its tokenizer."""
@@ -126,7 +128,7 @@ class PromptEncoder:
         metadata = {"encoded": json.dumps(texts | settings, default=str)}
         return PromptEmbeds(states, negative, pooled, negative_pooled, metadata)
 
-    def encode_prompt(self, own: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def encode_prompt(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """diffusers' `encode_prompt`, which is given the states of whole prompts to repeat and to cast.
 
         Args:
@@ -193,7 +195,7 @@ class PromptEncoder:
         if mixtures[0] is None or len(mixtures[0][0]) == 1:
             return [([0], self._ready(call, mixtures, None, device, lora_scale))]
         fixed = [0] if (states := call.get("negative_prompt_embeds")) is None else [states.shape[1]]
-        groups: dict[tuple, list[int]] = {}
+        groups: dict[tuple[str, int], list[int]] = {}
         for row in range(len(mixtures[0][0])):
             own = [mixture for mixture in _of_rows(mixtures, [row]) if mixture]
             how, sources = self._decide(own)
@@ -400,25 +402,25 @@ class PromptEncoder:
         return text_encoder, source.tokenizer
 
 
-def own_encode_prompt(pipeline: DiffusionPipeline) -> Callable:
+def own_encode_prompt(pipeline: DiffusionPipeline) -> Callable[..., Any]:
     """`encode_prompt` of a pipeline's class, bound, whatever the object itself has under that name."""
     return type(pipeline).encode_prompt.__get__(pipeline)
 
 
-def with_signature_of(theirs: Callable) -> Callable[[Callable], Callable]:
+def with_signature_of(theirs: Callable[..., Any]) -> Callable[[_Method], _Method]:
     """Gives a method the signature of diffusers' own, and the keyword arguments that it adds itself.
 
     Editors, programs that build forms from signatures, and diffusers' own checks then see every parameter.
     """
 
-    def decorate(ours: Callable) -> Callable:
+    def decorate(ours: _Method) -> _Method:
         vars(ours)["__signature__"] = joined_signature(theirs, ours)
         return ours
 
     return decorate
 
 
-def joined_signature(theirs: Callable, ours: Callable) -> inspect.Signature:
+def joined_signature(theirs: Callable[..., Any], ours: Callable[..., Any]) -> inspect.Signature:
     """All parameters of `theirs`, and the keyword-only ones of `ours`."""
     own = list(inspect.signature(theirs).parameters.values())
     rest = [each for each in own if each.kind is each.VAR_KEYWORD]

@@ -84,7 +84,7 @@ class Teller:
 
     def with_background(
         self, parts: list[str], templates: Sequence[str], shares: tuple[float, ...] = (0.4, 0.7, 0.85)
-    ):
+    ) -> list[str]:
         """The parts, with one about the background first, last, between, or not at all."""
         dice = self.rng.random()
         if dice < shares[2]:
