@@ -10,6 +10,7 @@ from torch.random import fork_rng
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import CLIPModel
 
+from .data.stored import TensorStore, recalled
 from .model import FineLIPModel, last_tokens
 from .recipes import Recipe
 from .refinement import AttentionPooling, TokenRefinement
@@ -28,6 +29,8 @@ TEXT = ("text_embeds", "text_tokens", "text_mask", "local_text_tokens", "local_t
 KEPT = ("kept_states", "kept_penultimate", "kept_embeds")
 TEACHER = ("teacher_kept_states", "teacher_kept_penultimate", "teacher_kept_embeds")
 TEACHER_IMAGE = "teacher_image_embeds"
+STORED = ("image", "teacher", "teacher_image")
+"""What `data.stored` can keep: of a frozen image tower, and of the teacher, of prompts and of images."""
 
 
 class Objective(nn.Module):
@@ -74,6 +77,7 @@ class TrainingStep(nn.Module):
         objective: Objective,
         teacher: CLIPModel | None = None,
         gather: Callable[[Representations], Representations] = dict,
+        stores: Mapping[str, TensorStore] | None = None,
     ):
         """Puts the parts together.
 
@@ -82,17 +86,33 @@ class TrainingStep(nn.Module):
             objective: what for.
             teacher: the stock CLIP, frozen, for recipes that preserve its latent space.
             gather: joins the representations of all processes, with gradients.
+            stores: what is looked up rather than computed, by `STORED`: `image` needs a frozen image tower.
         """
         super().__init__()
+        self.stores = dict(stores or {})
         self.model, self.objective, self.gather = model, objective, gather
         self._teacher = [teacher]  # in a list: no part of the state, nor of what is trained
+
+    def frozen_towers(self) -> dict[str, dict[str, Tensor]]:
+        """What `stores` may keep: the weights that it depends on, by `STORED`, where the objective reads it."""
+        needs, clip = self.objective.needs, self.model.clip
+        vision = {"vision_model": clip.vision_model, "visual_projection": clip.visual_projection}
+        frozen = not any(weight.requires_grad for part in vision.values() for weight in part.parameters())
+        towers = {}
+        if frozen and not needs.isdisjoint(IMAGE):
+            towers["image"] = nn.ModuleDict(vision).state_dict()
+        (teacher,) = self._teacher
+        for name, read in {"teacher": TEACHER, "teacher_image": (TEACHER_IMAGE,)}.items():
+            if teacher is not None and not needs.isdisjoint(read):
+                towers[name] = teacher.state_dict()
+        return towers
 
     def encode(self, batch: Mapping[str, Tensor]) -> Representations:
         """The representations that the objective needs of a batch of `data.Collator`."""
         model, needs = self.model, self.objective.needs
         found: Representations = {"logit_scale": model.clip.logit_scale.exp(), "image_ids": batch["image_ids"]}
         if not needs.isdisjoint(IMAGE):
-            found["image_embeds"], found["image_tokens"] = model.encode_image(batch["pixel_values"])
+            found |= self._images(batch)
             if "local_image_tokens" in needs:
                 found["local_image_tokens"], found["local_image_mask"] = model.local_image(found["image_tokens"])
         if not needs.isdisjoint(TEXT):
@@ -114,7 +134,8 @@ class TrainingStep(nn.Module):
             embeds = self._several(batch["edited_ids"], batch["edited_mask"])
             found["edited_embeds"], found["edited_valid"] = F.normalize(embeds, dim=-1), batch["edited_valid"]
         if "progress" in needs:
-            found["progress"] = batch["progress"]
+            done = torch.ones(len(batch["image_ids"]), device=batch["image_ids"].device)  # beside another training
+            found["progress"] = batch.get("progress", done)
         if not needs.isdisjoint(KEPT):
             found |= dict(zip(KEPT, _states(model.clip, batch), strict=True)) | {"kept_mask": batch["kept_mask"]}
         if self.objective.needs_teacher:
@@ -127,15 +148,37 @@ class TrainingStep(nn.Module):
         embeds = last_tokens(self.model.encode_text(ids.flatten(0, 1), flat)[1], flat)
         return embeds.unflatten(0, ids.shape[:2])
 
+    def _images(self, batch: Mapping[str, Tensor]) -> Representations:
+        """What the image tower makes of images; of a store, tokens only where they are needed."""
+        tokens_are_read = not self.objective.needs.isdisjoint(IMAGE[1:])
+
+        def compute(part: Mapping[str, Tensor]) -> Representations:
+            embeds, tokens = self.model.encode_image(part["pixel_values"])
+            return {"image_embeds": embeds} | ({"image_tokens": tokens} if tokens_are_read else {})
+
+        return recalled(self.stores.get("image"), batch.get("pixel_keys"), batch, compute)
+
     @torch.no_grad()
     def _taught(self, batch: Mapping[str, Tensor]) -> Representations:
         """What the teacher makes of prompts and images."""
         (teacher,) = self._teacher
         assert teacher is not None, "a recipe that preserves needs the stock CLIP"
-        found: Representations = dict(zip(TEACHER, _states(teacher, batch), strict=True))
-        if TEACHER_IMAGE in self.objective.needs:
-            embeds = teacher.visual_projection(teacher.vision_model(batch["pixel_values"]).pooler_output)
-            found[TEACHER_IMAGE] = F.normalize(embeds, dim=-1)
+        needs = self.objective.needs
+
+        def of_prompts(part: Mapping[str, Tensor]) -> Representations:
+            made = dict(zip(TEACHER, _states(teacher, part), strict=True))
+            return {name: values for name, values in made.items() if name in needs}
+
+        def of_images(part: Mapping[str, Tensor]) -> Representations:
+            embeds = teacher.visual_projection(teacher.vision_model(part["pixel_values"]).pooler_output)
+            return {TEACHER_IMAGE: F.normalize(embeds, dim=-1)}
+
+        found: Representations = {}
+        if not needs.isdisjoint(TEACHER):
+            keys, mask = batch.get("kept_keys"), batch["kept_mask"]
+            found |= recalled(self.stores.get("teacher"), keys, batch, of_prompts, mask)
+        if TEACHER_IMAGE in needs:
+            found |= recalled(self.stores.get("teacher_image"), batch.get("pixel_keys"), batch, of_images)
         return found
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -55,6 +55,9 @@ def test_the_steps_agree_and_the_table_says_so() -> None:
     assert difference <= 1e-6  # a sum of 24 hinges, each rounded to float32
     assert gradient <= 1e-5  # rounding, through two towers of two layers
     assert rows["ours, bfloat16 autocast"][4] > 1e-4  # so differences are seen
+    rate, speed, loss, difference, gradient = rows["ours, image tower kept, float32"]
+    assert rate > 0 and speed > 0
+    assert difference <= 2e-3 and gradient <= 2e-2  # image tokens are kept in half precision
 
 
 def test_every_bar_can_be_met_and_missed(train_step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +66,8 @@ def test_every_bar_can_be_met_and_missed(train_step: ModuleType, monkeypatch: py
     with pytest.raises(SystemExit, match="times the reference's images per second"):
         train_step.main(tiny(train_step))
     monkeypatch.setattr(train_step, "SPEED_BAR", 0.0)
+    assert train_step.missed_bars(train_step.KEPT_FLOAT32, 3.0, 1e-4) == []
+    assert len(train_step.missed_bars(train_step.KEPT_BFLOAT16, 2.9, 2e-4)) == 2
     monkeypatch.setattr(train_step, "MARGIN", 0.3)  # of the reference alone
     with pytest.raises(SystemExit, match="the loss differs"):
         train_step.main(tiny(train_step))

@@ -54,7 +54,16 @@ LINES = {
         "scenes",
         "metrics",
     ],
-    "data": ["data", "data.captions", "data.edits", "data.sources", "data.datasets", "data.batches", "data.latents"],
+    "data": [
+        "data",
+        "data.captions",
+        "data.edits",
+        "data.sources",
+        "data.stored",
+        "data.datasets",
+        "data.batches",
+        "data.latents",
+    ],
     "runs": ["runs", "resuming"],
     "train": [
         "refinement",

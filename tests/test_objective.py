@@ -66,6 +66,9 @@ def make_step(name: str, dtype: torch.dtype = torch.float64, **tower: float) -> 
     parts = {f"refine_{part}": part in recipe.refine for part in ("image", "text")}
     settings = {key: value for key, value in recipe.refinement.items() if key in ("adaptive_share", "global_tokens")}
     model = FineLIPModel(FineLIPConfig(config(248), **parts, **settings))
+    if recipe.image_tower == "frozen":
+        model.clip.vision_model.requires_grad_(False)
+        model.clip.visual_projection.requires_grad_(False)
     objective = Objective(recipe, E, model.config.num_refined_tokens)
     teacher = CLIPModel(config(77)).requires_grad_(False).to(dtype)
     return TrainingStep(model, objective, teacher).to(dtype).train()
@@ -121,10 +124,13 @@ def test_a_step_trains_what_the_recipe_says_and_nothing_else(name: str, batch_fo
     assert kinds == {"model"} | ({"objective"} if objective.names & HEADS.keys() else set())
     for part in ("image", "text"):
         assert any(f"{part}_refinement" in parameter for parameter in named) == (part in recipe.refine)
-    scaled = {"infonce", "sigmoid", "pca_image", "filip", "sparc", "flair", "hn_clip", "softened", "edited", "neg_clip",
-              "beta_clip"} & terms.keys()  # fmt: skip
+    scaled = {"infonce", "infonce_short", "sigmoid", "pca_image", "filip", "sparc", "flair", "hn_clip", "softened",
+              "edited", "neg_clip", "beta_clip"} & terms.keys()  # fmt: skip
     scaled |= {term.name for term in recipe.terms.values() if term.settings.get("objective") == "infonce"}
     for parameter, tensor in named.items():
+        if not tensor.requires_grad:
+            assert recipe.image_tower == "frozen" and ".vis" in parameter and tensor.grad is None
+            continue
         if parameter == "model.clip.logit_scale" and not scaled:
             assert tensor.grad is None or tensor.grad == 0
             continue

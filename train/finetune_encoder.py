@@ -35,12 +35,13 @@ from tqdm.auto import tqdm
 
 from finelip_diffusion.data.batches import Collator, make_loader
 from finelip_diffusion.data.datasets import SkipLog, open_dataset
+from finelip_diffusion.data.stored import TensorStore, fingerprint
 from finelip_diffusion.evaluation import retrieval
 from finelip_diffusion.files import writing
 from finelip_diffusion.gathering import average_gradients, gather_with_gradients
 from finelip_diffusion.heads import HEADS_FILE, OWN_SCORES
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel, load_clip
-from finelip_diffusion.objective import Objective, TrainingStep, cached_backward
+from finelip_diffusion.objective import IMAGE, TEACHER, Objective, TrainingStep, cached_backward
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.recipes import Recipe, read_recipe
 from finelip_diffusion.resuming import find_checkpoint, save_checkpoint, step_of
@@ -87,6 +88,10 @@ class Arguments(RunFlags):
     length_bucketing: bool = field(default=False, metadata={"help": "Put captions of like length into one batch."})
     micro_batch_size: int | None = field(
         default=None, metadata={"help": "Encode so many pairs at once, with the gradients of the whole batch."}
+    )
+    cache_dir: Path | None = field(
+        default=None,
+        metadata={"help": "The folder that keeps what a frozen image tower and a teacher make of images and prompts."},
     )
     shard: bool = field(
         default=False, metadata={"help": "Share weights and optimizer out over the processes (FSDP2)."}
@@ -213,6 +218,27 @@ def parameter_groups(step: TrainingStep, recipe: Recipe, factor: float) -> list[
     return [group for group in groups.values() if group["params"]]
 
 
+def open_stores(step: TrainingStep, args: Arguments, accelerator: Accelerator) -> dict[str, TensorStore]:
+    """What is looked up in --cache_dir, named by the weights, the precision, and what is read.
+
+    Raises:
+        ValueError: If the recipe has no frozen tower. One sentence.
+    """
+    if args.cache_dir is None:
+        return {}
+    towers = step.frozen_towers()
+    if not towers:
+        raise ValueError(
+            "--cache_dir keeps what frozen towers make, but this recipe trains the image tower and has no teacher: "
+            "leave it out."
+        )
+    how = (accelerator.mixed_precision, *sorted(step.objective.needs & {*IMAGE, *TEACHER}))
+    return {
+        name: TensorStore(args.cache_dir / f"{name}-{fingerprint(weights, *how)}", accelerator.process_index)
+        for name, weights in towers.items()
+    }
+
+
 def memory_estimate(step: TrainingStep, args: Arguments, mixed_precision: str) -> dict[str, float]:
     """What a step keeps on a device, in MiB: exact for weights and optimizer, a rule of thumb for activations."""
     clip = step.model.config.clip_config
@@ -304,8 +330,10 @@ def check_sharding(args: Arguments, accelerator: Accelerator) -> None:
         return
     if accelerator.num_processes == 1:
         raise ValueError("--shard shares weights out over processes: start several, torchrun --nproc_per_node N.")
-    if args.micro_batch_size is not None or args.validation_data is not None:
-        raise ValueError("--micro_batch_size and --validation_data need whole weights: leave them out, or --shard.")
+    if args.micro_batch_size is not None or args.validation_data is not None or args.cache_dir is not None:
+        raise ValueError(
+            "--micro_batch_size, --validation_data and --cache_dir need whole weights: leave them out, or --shard."
+        )
     if accelerator.mixed_precision == "fp16":
         raise ValueError("--shard trains in bf16 or no mixed precision, not in fp16: choose another.")
 
@@ -368,7 +396,8 @@ def main(args: Arguments) -> None:
     dataset, examples = open_data(args, recipe)
     collator = Collator(tokenizer, image_processor, recipe.captions, recipe.num_sub_captions,
                         recipe.longest_sub_caption, recipe.prompts, args.max_length,
-                        recipe.num_edits, recipe.edit_place)  # fmt: skip
+                        recipe.num_edits, recipe.edit_place, keyed=args.cache_dir is not None)  # fmt: skip
+    step.stores = open_stores(step, args, accelerator)
     size = None if isinstance(dataset, IterableDataset) else len(dataset)
     steps = count_updates(args, size, images)
     rise = loss_warmup(args, recipe, size, images, steps)
@@ -440,6 +469,8 @@ def main(args: Arguments) -> None:
         accelerator.log(values | rates | {"images_per_second": speed, "gradient_norm": float(norm)}, step=done)
         if done % args.checkpointing_steps == 0 or done == steps:
             save_checkpoint(accelerator, args.output_dir, done, args.checkpoints_total_limit)
+            for store in step.stores.values():
+                store.flush()
         if examples is not None and done % args.validation_steps == 0 and done < steps:
             if accelerator.is_main_process:
                 figures = validate(step, tokenizer, image_processor, examples, args)

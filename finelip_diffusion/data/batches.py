@@ -19,6 +19,7 @@ from ..text_encoder import MAX_LENGTH
 from .captions import CAPTION_KINDS, CaptionKind, draw_captions, draw_padding, draw_random_prompt, draw_short_prompt
 from .datasets import CaptionDataset, Example, TarDataset, stable_hash
 from .edits import EditPlace, choose_edits
+from .stored import content_key
 
 BUCKET_WINDOW = 50  # batches whose examples are sorted by length together
 
@@ -155,8 +156,12 @@ class Collator:
         kept_prompts: Prompts of at most 77 tokens for preservation terms: `"short"` (sentences of the caption),
             `"random"` (random vocabulary) or None.
         max_length: Tokens of the window, start and end included.
+        keyed: Whether images and prompts get keys, by which `stored.TensorStore` knows them; then a caption has one
+            prompt for good.
         num_edits: How many of an example's edits are drawn.
         edit_place: Where the drawn ones differ from the caption.
+        keyed: Whether images and prompts get keys by their content, for a `stored.TensorStore`; the prompt of a
+            caption is drawn once for good then.
 
     Raises:
         ValueError: For an unknown kind of captions or prompts.
@@ -173,6 +178,7 @@ class Collator:
         max_length: int = MAX_LENGTH,
         num_edits: int = 0,
         edit_place: EditPlace = "any",
+        keyed: bool = False,
     ) -> None:
         if captions not in CAPTION_KINDS:
             raise ValueError(f"captions={captions!r} is not one of {', '.join(CAPTION_KINDS)}.")
@@ -181,7 +187,7 @@ class Collator:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.captions, self.kept_prompts, self.max_length = captions, kept_prompts, max_length
         self.num_sub_captions, self.longest_sub_caption = num_sub_captions, longest_sub_caption
-        self.num_edits, self.edit_place = num_edits, edit_place
+        self.num_edits, self.edit_place, self.keyed = num_edits, edit_place, keyed
         self.start, self.end, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         # In front of a caption the end token cannot pad: the encoder would end there. CLIP's own code pads with 0.
         self.front_pad = self.pad if self.pad != self.end else 0
@@ -240,6 +246,11 @@ class Collator:
             batch |= self._edits(rows)
         if self.kept_prompts:
             batch["kept_ids"], batch["kept_mask"] = self._pad([self._kept(*row) for row in rows], STOCK_POSITIONS)
+        if self.keyed:
+            batch["pixel_keys"] = torch.tensor([content_key(image) for image in pixels])
+        if self.keyed and self.kept_prompts:
+            prompts = zip(batch["kept_ids"], batch["kept_mask"], strict=True)
+            batch["kept_keys"] = torch.tensor([content_key(ids[mask]) for ids, mask in prompts])
         return batch
 
     def _edits(self, rows: Sequence[tuple[Example, list[int], list[tuple[int, int]]]]) -> dict[str, Tensor]:
@@ -258,14 +269,14 @@ class Collator:
             missing = self.num_edits - len(ids)
             padded += [*ids, *[own] * missing]
             valid.append([*seen, *[False] * missing])
-        ids, mask = self._pad(padded, self.max_length)
-        ids, mask = (each.unflatten(0, (-1, self.num_edits)) for each in (ids, mask))
-        return {"edited_ids": ids, "edited_mask": mask, "edited_valid": torch.tensor(valid)}
+        both = (each.unflatten(0, (-1, self.num_edits)) for each in self._pad(padded, self.max_length))
+        return dict(zip(("edited_ids", "edited_mask"), both, strict=True)) | {"edited_valid": torch.tensor(valid)}
 
     def _kept(self, example: Example, ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
+        draw = stable_hash(example.caption) if self.keyed else example.draw
         if self.kept_prompts == "random":
-            return draw_random_prompt(self.vocabulary, example.draw, STOCK_POSITIONS - 2)
-        start, stop = draw_short_prompt(example.caption, offsets, example.draw, STOCK_POSITIONS - 2)
+            return draw_random_prompt(self.vocabulary, draw, STOCK_POSITIONS - 2)
+        start, stop = draw_short_prompt(example.caption, offsets, draw, STOCK_POSITIONS - 2)
         return ids[start:stop]
 
     def _pad(self, rows: list[list[int]], max_length: int) -> tuple[Tensor, Tensor]:

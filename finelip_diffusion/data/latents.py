@@ -1,6 +1,5 @@
 """Latents of a dataset's images, computed once and kept on disk, and batches of them with their captions."""
 
-import hashlib
 import json
 import math
 import random
@@ -20,6 +19,7 @@ from ..files import writing
 from .captions import draw_short_prompt
 from .datasets import CaptionDataset, stable_hash
 from .sources import Skip, Unusable
+from .stored import fingerprint
 
 ENCODED_AT_ONCE = 16
 BUCKET_STEP = 64  # pixels by which the sides of buckets differ
@@ -102,12 +102,8 @@ class Latents:
 
 def latents_key(model: Any, **data: Any) -> str:
     """Names a cache by what it depends on: a model's weights and scale, the data, the buckets."""
-    digest = hashlib.blake2b(json.dumps(data, sort_keys=True, default=str).encode(), digest_size=8)
-    digest.update(str(getattr(model.config, "scaling_factor", None)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    described = json.dumps(data, sort_keys=True, default=str)
+    return fingerprint(model.state_dict(), described, str(getattr(model.config, "scaling_factor", None)))
 
 
 def open_latents(folder: Path) -> Latents:
