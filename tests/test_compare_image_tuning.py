@@ -57,8 +57,8 @@ def flags(folder: Path, base: Path) -> list[str]:
     small = {
         "output_dir": folder, "pretrained_model_name_or_path": base, "questions": "images", "starts": "stretched",
         "images": "4 8", "seeds": 1, "max_train_steps": 2, "train_batch_size": 4, "num_curve_points": 2,
-        "num_curve_prompts": 2, "num_prompts": 3, "num_other_prompts": 2, "num_short": 4, "num_drift": 2, "num_groups": 2, "num_probe_captions": 20,
-        "num_inference_steps": 1, "dataloader_num_workers": 0,
+        "num_curve_prompts": 2, "num_prompts": 3, "num_other_prompts": 2, "num_short": 4, "num_drift": 2,
+        "num_groups": 2, "num_probe_captions": 20, "num_inference_steps": 1, "dataloader_num_workers": 0,
     }  # fmt: skip
     return [word for name, value in small.items() for word in (f"--{name}", *str(value).split())]
 
