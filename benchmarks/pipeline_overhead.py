@@ -4,6 +4,11 @@ Both pipelines hold the very same UNet, decoder and scheduler and draw the same 
 other pair; random weights cost what trained ones do.
 
     python benchmarks/pipeline_overhead.py --pairs 40 --steps 10
+
+With `--mixed`, what it costs that the batch decides nothing: a call with prompts of several lengths, drawn in groups
+of one length, against the same prompts in one batch, all brought to the longest.
+
+    python benchmarks/pipeline_overhead.py --mixed 20 20 20 20 20 20 100 300 --pairs 10
 """
 
 import argparse
@@ -69,15 +74,50 @@ def seconds(pipe: StableDiffusionPipeline, prompt: str, steps: int) -> float:
     return time.process_time() - start
 
 
+def grouped_and_whole(pipe: FineLIPStableDiffusionPipeline, lengths: list[int], steps: int) -> tuple[float, float]:
+    """CPU seconds of prompts of some lengths: drawn in groups, and in one batch of the longest."""
+    prompts = [" ".join(["cat"] * length) for length in lengths]
+    took = []
+    for how in ("groups", "whole"):
+        generator = torch.Generator().manual_seed(0)
+        start = time.process_time()
+        given = {"prompt": prompts} if how == "groups" else dict(pipe.encode(prompts, long_prompt="chunk"))
+        how_read = {"long_prompt": "chunk"} if how == "groups" else {}
+        pipe(**given, **how_read, num_inference_steps=steps, generator=generator, output_type="np")
+        took.append(time.process_time() - start)
+    return took[0], took[1]
+
+
+def interval(ratios: list[float]) -> str:
+    """A median with its interval."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return (
+        f"median ratio {statistics.median(ratios):.4f} "
+        f"(95% bootstrap interval {medians[49]:.4f} to {medians[1949]:.4f})"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=40, help="runs of each pipeline")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps of a run")
     parser.add_argument("--tokens", type=int, default=70, help="tokens of the prompt, at most 75")
+    parser.add_argument("--mixed", type=int, nargs="+", metavar="TOKENS", help="lengths of the prompts of one call")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     stock, ours = build_pipelines()
+    if args.mixed:
+        grouped_and_whole(ours, args.mixed, 1)  # warm-up
+        runs = [grouped_and_whole(ours, args.mixed, args.steps) for _ in range(args.pairs)]
+        ratios = [groups / whole for groups, whole in runs]
+        print(
+            f"{args.mixed} tokens, {args.steps} steps, n = {args.pairs} pairs, CPU seconds: "
+            f"in groups {statistics.median(groups for groups, _ in runs):.3f} s, "
+            f"in one batch {statistics.median(whole for _, whole in runs):.3f} s, {interval(ratios)}"
+        )
+        return
     prompt = " ".join(["cat"] * args.tokens)
     for pipe in (stock, ours):
         seconds(pipe, prompt, args.steps)  # warm-up
@@ -87,14 +127,11 @@ def main() -> None:
         took = {id(pipe): seconds(pipe, prompt, args.steps) for pipe in order}
         pairs.append((took[id(stock)], took[id(ours)]))
     ratios = [ours_took / stock_took for stock_took, ours_took in pairs]
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
     print(
         f"{args.tokens} tokens, {args.steps} steps, n = {args.pairs} pairs, CPU seconds: "
         f"stock {statistics.median(stock_took for stock_took, _ in pairs):.3f} s, "
         f"ours {statistics.median(ours_took for _, ours_took in pairs):.3f} s, "
-        f"median ratio {statistics.median(ratios):.4f} "
-        f"(95% bootstrap interval {medians[49]:.4f} to {medians[1949]:.4f}); target at most 1.02"
+        f"{interval(ratios)}; target at most 1.02"
     )
 
 
