@@ -296,6 +296,7 @@ def set_trained(stage: str, parts: Parts, args: Arguments) -> None:
         if name not in parts.places:
             raise ValueError(f"--encoders has {name}, but the base has {' and '.join(parts.places)}.")
         encoder = parts.places[name].encoder.requires_grad_(True).train()
+        encoder.get_input_embeddings().requires_grad_(not args.freeze_token_embedding)
         if args.lora_rank is not None:
             adapt_encoder(encoder, args.lora_rank)
 
@@ -575,6 +576,7 @@ def validate(args: Arguments, parts: Parts, accelerator: Accelerator, update: in
              milliseconds: float) -> dict[str, float]:  # fmt: skip
     """Draws held-out prompts with the weights as they are, logs the images, and reads them where they are scenes."""
     prompts = prompts_of(args.validation_prompts, args.num_validation_prompts, args.train_data)
+    parts.vae.to(accelerator.device)  # from the CPU, where it waits
     with accelerator.autocast():
         images = draw(parts.pipeline, prompts, args.resolution, args.validation_inference_steps,
                       args.validation_guidance_scale, args.seed, args.validation_batch_size)  # fmt: skip

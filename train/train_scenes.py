@@ -1,32 +1,36 @@
-"""Builds the bundled model from nothing: a small Stable Diffusion, and a long text encoder with a UNet adapted to it.
+"""Builds the bundled model from nothing: a small Stable Diffusion, and a long text encoder that draws with it.
 
-    python train/train_scenes.py --output_dir runs/scenes                 # every stage in turn, two hours on two cores
-    python train/train_scenes.py --output_dir runs/scenes --stage unet    # one stage; it resumes where it stopped
+    python train/train_scenes.py --output_dir runs/scenes                       # every stage, on a GPU
+    python train/train_scenes.py --output_dir runs/scenes --stage unet          # one; it resumes where it stopped
+    python train/train_scenes.py --preset two_cores --output_dir runs/scenes    # smaller batches and fewer steps
 
-The stages follow the making of Stable Diffusion, then of FineLIP:
+The stages follow the making of Stable Diffusion, then of FineLIP, then tune the encoder through the UNet:
 
-1. `autoencoder`: 96 x 96 pixels to 6 x 6 latents of 16 channels, and back.
-2. `clip`: a 77-token CLIP by InfoNCE. A batch holds groups of near-duplicates (same objects elsewhere; same places,
+1. `captions`: scenes in everyone's words, as tokens, by as many processes as there are cores.
+2. `autoencoder`: 144 x 144 pixels to 9 x 9 latents of 16 channels, and back.
+3. `clip`: a 77-token CLIP by InfoNCE. A batch holds groups of near-duplicates (same objects elsewhere; same places,
    other attributes), without which text states forget places, and no UNet can put anything where the text says.
-3. `unet`: v-prediction on the latents, captions cut at 77 tokens.
-4. `long_clip`: positions stretched to 248, whole captions, the recipe `finelip_sparc`, by `finetune_encoder.py`.
-5. `adapt`: the UNet goes on with whole captions through the long encoder.
-6. `bundle`: a copy of the folder in half precision, `OUTPUT_DIR/bundled`.
+4. `unet`: v-prediction on the latents, captions cut at 77 tokens.
+5. `long_clip`: positions stretched to 248, whole captions, the recipe `finelip_sparc`, by `finetune_encoder.py`.
+6. `tune`: the long encoder through the frozen UNet, by `finetune_text_to_image.py`.
+7. `bundle`: a copy of the folder in half precision, `OUTPUT_DIR/bundled`.
 
 A batch is a function of the seed and the step alone, so a stage that is stopped and started again sees what it would
 have seen. Each stage leaves a log for tensorboard, a picture, and its part of the pipeline folder `OUTPUT_DIR/model`.
 """
 
 import copy
-import gzip
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,20 +43,18 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import EMAModel
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import trange
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPTextModel,
-    CLIPTokenizer,
-    HfArgumentParser,
-)
+from tqdm.auto import tqdm, trange
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from finelip_diffusion.files import remove, remove_stages, writing
+from finelip_diffusion.denoising import denoising_target, sample_timesteps
+from finelip_diffusion.files import writing
+from finelip_diffusion.losses.primitives import infonce_loss
+from finelip_diffusion.resuming import find_checkpoint, save_checkpoint, step_of
+from finelip_diffusion.runs import run_script
 from finelip_diffusion.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -60,22 +62,32 @@ from finelip_diffusion.scenes import (
     SHAPES,
     SIZES,
     Scene,
+    cell_pictures,
     describe,
-    render,
     sample_scene,
+    telling,
     vary,
 )
-from finelip_diffusion.text_encoder import save_text_encoder
+from finelip_diffusion.text_encoder import MAX_LENGTH, save_text_encoder
+from finelip_diffusion.tokenizer import VOCAB_SIZE, clip_tokenizer
 
 STOCK_LENGTH = 77
 LONG_CLIP_RECIPE = "finelip_sparc"
-COMMON_MERGES = 1500  # merges of CLIP's vocabulary kept for their frequency, beside those that the captions need
+WORDING = "all"  # of captions, see `telling`
+GROUP = 8  # a scene, its objects elsewhere (four times), its attributes dealt out anew (three times)
+SHARD = 8192  # captions of a file
+STRAY_TOKENS = 0.3  # share of captions into which a few of the vocabulary's tokens stray
 FEW, MANY = (1, 3), (4, 9)  # numbers of objects
+SHARE_OF_FEW = 0.3
+PRESETS = Path(__file__).parent / "worlds"
+
+Stage = Literal["all", "captions", "autoencoder", "clip", "unet", "long_clip", "tune", "bundle"]
 NEEDS = {  # what earlier stages must have left in the output folder
-    "unet": ("model/vae", "model/text_encoder"),
+    "clip": ("captions",),
+    "unet": ("captions", "model/vae", "model/text_encoder"),
     "long_clip": ("clip_model",),
-    "adapt": ("model/vae", "model/unet", "model/finelip/text_encoder"),
-    "bundle": ("clip_model", "model/unet", "model/finelip/unet"),
+    "tune": ("model/vae", "model/unet", "long_clip/text_encoder"),
+    "bundle": ("clip_model", "model/unet", "model/finelip/text_encoder"),
 }
 
 
@@ -83,20 +95,37 @@ NEEDS = {  # what earlier stages must have left in the output folder
 class Arguments:
     """The defaults make the bundled model."""
 
-    output_dir: Path = field(default=Path("runs/scenes"), metadata={"help": "Where stages and the model are written."})
-    stage: Literal["all", "autoencoder", "clip", "unet", "long_clip", "adapt", "bundle"] = field(
-        default="all", metadata={"help": "One stage, or all of them in turn."}
+    output_dir: Path = field(default=Path("runs/scenes"), metadata={"help": "The folder of the stages and the model."})
+    preset: str | None = field(
+        default=None, metadata={"help": "A name in train/worlds, or a YAML file, of defaults for the other flags."}
     )
-    seed: int = field(default=0, metadata={"help": "Seeds the weights, the scenes, the captions and the noise."})
-    autoencoder_steps: int = field(default=2500, metadata={"help": "Steps of 8 scenes."})
-    image_steps: int = field(default=1000, metadata={"help": "Steps of 12 groups of eight scenes, image tower."})
-    clip_steps: int = field(default=1500, metadata={"help": "Steps of 12 groups of eight scenes."})
-    unet_steps: int = field(default=4000, metadata={"help": "Steps of 64 scenes, captions cut at 77 tokens."})
-    long_clip_steps: int = field(default=800, metadata={"help": "Updates of 12 groups of eight, whole captions."})
-    adapt_steps: int = field(default=5000, metadata={"help": "Steps of 64 scenes, whole captions."})
-    num_scenes: int = field(default=40_000, metadata={"help": "Training scenes whose latents are kept in memory."})
-    checkpointing_steps: int = field(default=500, metadata={"help": "Steps from one checkpoint to the next."})
-    mixed_precision: str = field(default="bf16", metadata={"help": "no or bf16: the precision of autocast."})
+    stage: Stage = field(default="all", metadata={"help": "One stage, or all of them in turn."})
+    seed: int = field(default=0, metadata={"help": "The seed of the weights, the scenes, the captions and the noise."})
+    num_captions: int = field(
+        default=1_000_000, metadata={"help": "The captions that are written once, in groups of near-duplicates."}
+    )
+    num_latents: int = field(default=160_000, metadata={"help": "The captions whose pictures the UNet learns."})
+    latent_channels: int = field(default=16, metadata={"help": "The channels of the latents."})
+    autoencoder_channels: list[int] = field(
+        default_factory=lambda: [32, 48, 64, 64, 64],
+        metadata={"help": "The channels of the autoencoder's levels. Each level after the first halves the sides."},
+    )
+    autoencoder_steps: int = field(default=4000, metadata={"help": "The steps of the autoencoder."})
+    autoencoder_batch_size: int = field(default=64, metadata={"help": "The scenes of its batch."})
+    image_steps: int = field(default=300, metadata={"help": "The steps of the image tower."})
+    clip_steps: int = field(default=2500, metadata={"help": "The steps of the text tower."})
+    clip_groups: int = field(default=96, metadata={"help": "The groups of eight in a batch of either."})
+    unet_steps: int = field(default=4000, metadata={"help": "The steps of the UNet."})
+    unet_batch_size: int = field(default=384, metadata={"help": "The scenes of its batch."})
+    long_clip_steps: int = field(default=800, metadata={"help": "The updates of 12 groups of eight, whole captions."})
+    tune_steps: int = field(default=1700, metadata={"help": "The updates through the frozen UNet."})
+    tune_batch_size: int = field(default=192, metadata={"help": "The scenes of its batch."})
+    tune_scenes: int = field(default=24_000, metadata={"help": "The scenes that it is tuned on."})
+    checkpointing_steps: int = field(default=500, metadata={"help": "The steps between two checkpoints."})
+    mixed_precision: str = field(default="bf16", metadata={"help": "The precision of autocast, no or bf16."})
+    num_workers: int | None = field(
+        default=None, metadata={"help": "The processes that write captions. The default is one for each core."}
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the one loop
@@ -117,35 +146,36 @@ def fit(
 
     Args:
         stage: names the folder of checkpoints and logs.
-        model: what is trained (parameters that require gradients).
-        loss_at: the loss terms of a step by name; their sum is minimised.
-        steps: the last step; the rate warms up over 100 steps and falls to zero over the last fifth.
+        model: what is trained (parameters that require gradients); it moves to the accelerator's device.
+        loss_at: the loss terms of a step by name; their sum is minimized.
+        steps: the last step; the rate warms up over 100 steps and falls to zero over the last two fifths.
         learning_rate: of AdamW.
         args: the script's.
         ema_decay: of the average of the weights.
     """
     folder = args.output_dir / stage
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, log_with="tensorboard", project_dir=args.output_dir / "logs"
-    )
+    folder.mkdir(exist_ok=True)
+    accelerator = accelerator_of(args, log_with="tensorboard", project_dir=args.output_dir / "logs")
     accelerator.init_trackers(stage)
+    model.to(accelerator.device, memory_format=torch.channels_last)  # the faster one for convolutions
+    torch.backends.cudnn.benchmark = True
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     _, optimizer = accelerator.prepare(model, optimizer)
-    ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     accelerator.register_for_checkpointing(ema)
-    latest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
     first = 0
-    if latest is not None:
-        accelerator.load_state(latest)
-        first = int(latest.name.split("-")[1])
+    if latest := find_checkpoint(folder, "latest"):
+        accelerator.load_state(str(latest))
+        ema.to(accelerator.device)
+        first = step_of(latest)
     for step in (bar := trange(first, steps, initial=first, total=steps, desc=stage, mininterval=5)):
-        rate = learning_rate * min(1.0, (step + 1) / 100, (steps - step) / (0.2 * steps))
+        rate = learning_rate * min(1.0, (step + 1) / 100, (steps - step) / (0.4 * steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         with accelerator.autocast():
             terms = loss_at(step)
-            loss = sum(terms.values())
+            loss = torch.stack(list(terms.values())).sum()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -154,151 +184,195 @@ def fit(
         if step % 25 == 0:
             values = {name: value.item() for name, value in terms.items()}
             if not math.isfinite(sum(values.values())):
-                raise SystemExit(f"The loss of {stage} is not finite at step {step}: {values}.")
+                raise ValueError(f"the loss of {stage} is not finite at step {step}: {values}.")
             bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
             accelerator.log(values | {"learning_rate": rate}, step=step)
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == steps:
-            save_checkpoint(accelerator, folder, step + 1)
+            save_checkpoint(accelerator, folder, step + 1, limit=1)
     ema.copy_to(parameters)
     accelerator.end_training()
     accelerator.free_memory()
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Writes `folder/checkpoint-STEP` whole or not at all, then removes the older ones."""
-    remove_stages(folder)
-    older = list(folder.glob("checkpoint-*"))
-    with writing(folder / f"checkpoint-{step}") as part:
-        accelerator.save_state(part)
-    for path in older:
-        remove(path)
+def accelerator_of(args: Arguments, **options: object) -> Accelerator:
+    """Where and how precisely things are computed."""
+    precision = args.mixed_precision
+    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision, **options)  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------------------------------------------------- data
+def draws(args: Arguments, stage: str, step: int) -> torch.Generator:
+    """The random numbers of a step, on the CPU: the same on every device."""
+    return torch.Generator().manual_seed(random.Random(f"{stage} {args.seed} {step}").getrandbits(63))
 
 
-def pixels(scenes: Iterable[Scene]) -> Tensor:
-    """Pictures of scenes in -1..1, (B, 3, H, W)."""
-    array = np.stack([np.asarray(render(scene)) for scene in scenes])
-    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
+# ------------------------------------------------------------------------------------------------------------ captions
 
 
-def tokens(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> Tensor:
-    """Token ids padded, and cut, to `length`, (B, length)."""
-    batch = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return batch.input_ids
+def group_of(seed: int) -> list[Scene]:
+    """A scene and its near-duplicates."""
+    few = random.Random(f"few {seed}").random() < SHARE_OF_FEW
+    scene = sample_scene(seed, num_objects=FEW if few else MANY)
+    other = "exchange" if len(scene.objects) > 1 else "alter"
+    kinds = ("move",) * (GROUP // 2) + (other,) * (GROUP // 2 - 1)
+    return [scene, *(vary(scene, kind, GROUP * seed + turn) for turn, kind in enumerate(kinds))]
 
 
-def trimmed(input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Cuts a padded batch behind its longest caption; attention is causal, so nothing in front of the cut changes."""
-    ends = (input_ids == eos_token_id).int().argmax(1)
-    return input_ids[:, : int(ends.max()) + 1]
+def cell_numbers(scenes: Iterable[Scene]) -> Tensor:
+    """Scenes as numbers, (B, 10): of each cell, its place in `cell_pictures`; of the background, its own."""
+    kinds = {name: number for number, name in enumerate(cell_pictures(next(iter(BACKGROUNDS)))[0])}
+    rows = []
+    for scene in scenes:
+        row = [0] * 9 + [list(BACKGROUNDS).index(scene.background)]
+        for item in scene.objects:
+            row[item.cell] = kinds[item.shape, item.colour, item.size]
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.uint8)
 
 
-def groups(args: Arguments, step: int, number: int, share_of_few: float) -> list[Scene]:
-    """`number` groups of eight: a scene, its objects elsewhere (four times), its attributes dealt out anew (three)."""
-    scenes = []
-    for index in range(number):
-        seed = (args.seed * 10_000_000 + step) * number + index
-        few = random.Random(f"few {seed}").random() < share_of_few
-        scene = sample_scene(seed, num_objects=FEW if few else MANY)
-        other = "exchange" if len(scene.objects) > 1 else "alter"
-        kinds = ("move",) * 4 + (other,) * 3
-        scenes += [scene, *(vary(scene, kind, 8 * seed + turn) for turn, kind in enumerate(kinds))]
-    return scenes
+def with_stray_tokens(ids: list[int], rng: random.Random) -> list[int]:
+    """Some tokens of the vocabulary, any, put between those of a caption."""
+    if rng.random() < STRAY_TOKENS:
+        for _ in range(rng.randint(1, 6)):
+            place = rng.randint(1, len(ids) - 1)
+            ids = [*ids[:place], rng.randrange(VOCAB_SIZE - 2), *ids[place:]]
+    return ids
 
 
-def scenes_tokenizer() -> CLIPTokenizer:
-    """CLIP's own byte pair encoding, cut to its most frequent merges and those that captions of scenes need.
-
-    Captions of scenes get the very tokens that CLIP's full vocabulary gives them.
-    """
-    import open_clip.tokenizer
-
-    with gzip.open(open_clip.tokenizer.default_bpe()) as file:
-        lines = file.read().decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
-    merges = [tuple(line.split()) for line in lines]
-    full = open_clip.tokenizer.SimpleTokenizer()
-    parts = {"".join(merge): merge for merge in reversed(merges)}
-    needed = {"".join(merge) for merge in merges[:COMMON_MERGES]}
-    captions = [describe(sample_scene(seed, num_objects=(1, 9)), seed) for seed in range(2000)]
-    todo = [full.decoder[token] for token in {token for caption in captions for token in full.encode(caption)}]
-    while todo:  # a token needs the tokens that it is merged from
-        token = todo.pop()
-        if token in parts and token not in needed:
-            needed.add(token)
-            todo += parts[token]
-        elif token in parts:
-            todo += [part for part in parts[token] if part in parts and part not in needed]
-    kept = [merge for merge in merges if "".join(merge) in needed]
-    letters = list(full.byte_encoder.values())
-    vocabulary = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in kept]
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(vocabulary)}, merges=kept, model_max_length=STOCK_LENGTH
-    )
+def write_shard(args: Arguments, number: int) -> None:
+    """One file of captions: `scenes` (N, 10) as `cell_numbers`, `input_ids` (N, 248), padded, uncut before that."""
+    file = args.output_dir / "captions" / f"{number:05d}.safetensors"
+    if file.exists():
+        return
+    torch.set_num_threads(1)
+    tokenizer = clip_tokenizer(MAX_LENGTH)
+    first = (args.seed * 10_000_000 + number * SHARD) // GROUP
+    count = min(SHARD, args.num_captions - number * SHARD) // GROUP
+    scenes = [scene for seed in range(first, first + count) for scene in group_of(seed)]
+    captions = [str(describe(scene, first + turn, **telling(WORDING))) for turn, scene in enumerate(scenes)]
+    rng = random.Random(f"stray {first}")
+    table = torch.full((len(scenes), MAX_LENGTH), tokenizer.pad_token_id, dtype=torch.int32)
+    for row, ids in zip(table, tokenizer(captions).input_ids, strict=True):
+        ids = with_stray_tokens(ids, rng)[:MAX_LENGTH]
+        ids[-1] = tokenizer.eos_token_id
+        row[: len(ids)] = torch.tensor(ids)
+    with writing(file) as part:
+        save_file({"scenes": cell_numbers(scenes), "input_ids": table}, part)
 
 
-# ----------------------------------------------------------------------------------------------------------- stages
+def write_captions(args: Arguments) -> None:
+    """Stage 1."""
+    (args.output_dir / "captions").mkdir(exist_ok=True)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    shards = range(-(-args.num_captions // SHARD))
+    with ProcessPoolExecutor(args.num_workers or os.cpu_count()) as processes:
+        list(
+            tqdm(processes.map(partial(write_shard, args), shards), total=len(shards), desc="captions", mininterval=5)
+        )
+
+
+def read_captions(args: Arguments, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All scenes, (N, 10), and their captions' tokens, (N, 248)."""
+    shards = [load_file(file) for file in sorted((args.output_dir / "captions").glob("*.safetensors"))]
+    scenes, input_ids = (torch.cat([shard[name] for shard in shards]) for name in ("scenes", "input_ids"))
+    if len(scenes) < args.num_captions // GROUP * GROUP:
+        raise ValueError(
+            f"{args.output_dir / 'captions'} has {len(scenes)} captions of {args.num_captions}: run --stage captions."
+        )
+    return scenes.to(device), input_ids.to(device)
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+class Painter:
+    """Paints scenes on a device, the very pixels of `scenes.render`."""
+
+    def __init__(self, device: torch.device) -> None:
+        tables = [torch.from_numpy(cell_pictures(name)[1]) for name in BACKGROUNDS]
+        self.cells = torch.stack(tables).mul(255).add(0.5).byte().to(device)  # (backgrounds, kinds, H, W, 3)
+
+    def __call__(self, scenes: Tensor) -> Tensor:
+        """(B, 10) -> (B, 3, H, W) in -1..1."""
+        cells = self.cells[scenes[:, 9:].long(), scenes[:, :9].long()]  # (B, 9, h, w, 3)
+        rows = cells.unflatten(1, (3, 3)).permute(0, 5, 1, 3, 2, 4)  # (B, 3, 3, h, 3, w)
+        return rows.reshape(len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE).float() / 127.5 - 1
+
+
+def cut(input_ids: Tensor, eos_token_id: int) -> Tensor:
+    """Cuts captions at 77 tokens, as the stock tokenizer does."""
+    input_ids = input_ids[:, :STOCK_LENGTH].long()
+    input_ids[:, -1] = eos_token_id  # the end of what is cut; the others are padded with it
+    return input_ids
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
 
 
 def train_autoencoder(args: Arguments) -> None:
-    """Stage 1. The mean squared error, and a weak pull of the latents to a standard normal."""
-    channels = (16, 32, 64, 64, 96)
+    """Stage 2. Squared and absolute errors, and a weak pull of the latents to a standard normal."""
+    channels = args.autoencoder_channels
     vae = AutoencoderKL(
-        block_out_channels=channels,
+        block_out_channels=tuple(channels),
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
-        latent_channels=16,
+        latent_channels=args.latent_channels,
         layers_per_block=1,
-        norm_num_groups=1,  # groups of few channels would be instance norms: colours mixed up with backgrounds
+        norm_num_groups=1,
+        mid_block_add_attention=False,
         sample_size=IMAGE_SIZE,
     )
-
     for block in vae.modules():  # the network starts out linear, and almost finds the few dimensions of a cell so
         if isinstance(block, ResnetBlock2D):
             nn.init.zeros_(block.conv2.weight)
+    device = accelerator_of(args).device
+    paint = Painter(device)
+    known = cell_numbers(sample_scene(seed, num_objects=(1, 9)) for seed in range(min(args.num_latents, 40_000)))
+    known = known.to(device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        images = pixels(sample_scene(seed, num_objects=(4, 9)) for seed in range(step * 8, step * 8 + 8))
+        generator = draws(args, "autoencoder", step)
+        images = paint(known[torch.randint(len(known), (args.autoencoder_batch_size,), generator=generator)])
         posterior = vae.encode(images).latent_dist
-        generator = torch.Generator().manual_seed(step)
-        error = vae.decode(posterior.sample(generator=generator)).sample.float() - images
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        error = vae.decode(posterior.mean + posterior.std * noise).sample.float() - images
         return {
             "squared": error.square().mean(),
+            "absolute": 0.05 * error.abs().mean(),
             "kl": 1e-4 * posterior.kl().mean() / posterior.mean[0].numel(),
         }
 
     fit("autoencoder", vae, loss_at, args.autoencoder_steps, 2e-3, args)
     with torch.no_grad():
-        images = pixels(sample_scene(seed, "test") for seed in range(64))
+        images = paint(cell_numbers(sample_scene(seed, "test") for seed in range(64)).to(device))
         latents = vae.encode(images).latent_dist.mean
         vae.register_to_config(scaling_factor=float(1 / latents.std()))
         rebuilt = vae.decode(latents).sample
-    (args.output_dir / "autoencoder.txt").write_text(f"mean squared error {F.mse_loss(rebuilt, images):.5f}\n")
+    (args.output_dir / "autoencoder.txt").write_text(f"mean squared error {F.mse_loss(rebuilt, images):.6f}\n")
     save_picture(torch.cat([images[:8], rebuilt[:8]]), 8, args.output_dir / "autoencoder.png")
-    for stale in args.output_dir.glob("latents-*.pt"):  # of the autoencoder as it was
+    for stale in args.output_dir.glob("latents-*.safetensors"):  # of the autoencoder as it was
         stale.unlink()
     vae.save_pretrained(args.output_dir / "model" / "vae")
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """A CLIP of two narrow towers, its weights drawn so that words and positions are not drowned by the layers."""
-    tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    tower = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 256}
     text = tower | {
+        "num_hidden_layers": 8,
         "vocab_size": len(tokenizer),
         "max_position_embeddings": STOCK_LENGTH,
-        "projection_dim": 256,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = tower | {"image_size": IMAGE_SIZE, "patch_size": 16, "projection_dim": 256}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=256, attn_implementation="eager")
-    clip = CLIPModel(config)
+    vision = tower | {"num_hidden_layers": 4, "image_size": IMAGE_SIZE, "patch_size": 16}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=256))
     for layer in clip.modules():
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    for block in clip.text_model.encoder.layers:  # the more layers, the less each adds at first
+        for layer in (block.self_attn.out_proj, block.mlp.fc2):
+            layer.weight.data.mul_(0.5)
     nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=0.3)
     nn.init.normal_(clip.text_model.embeddings.position_embedding.weight, std=0.2)
     nn.init.normal_(clip.vision_model.embeddings.patch_embedding.weight, std=0.1)
@@ -306,49 +380,51 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return clip
 
 
-def facts(scenes: list[Scene]) -> Tensor:
-    """Which cell holds which shape, colour and size, and the background, as zeros and ones, (B, 148)."""
+def facts(scenes: Tensor) -> Tensor:
+    """Which cell holds which shape, color and size, and the background, as zeros and ones, (B, 10) -> (B, F)."""
     values = [*SHAPES, *COLOURS, *SIZES]
-    table = torch.zeros(len(scenes), 9 * len(values) + len(BACKGROUNDS))
-    for row, scene in zip(table, scenes, strict=True):
-        row[9 * len(values) + list(BACKGROUNDS).index(scene.background)] = 1
-        for item in scene.objects:
-            for value in (item.shape, item.colour, item.size):
-                row[item.cell * len(values) + values.index(value)] = 1
-    return table
+    kinds = torch.zeros(len(cell_pictures(next(iter(BACKGROUNDS)))[0]), len(values), device=scenes.device)
+    for row, name in zip(kinds, cell_pictures(next(iter(BACKGROUNDS)))[0], strict=True):
+        row[[values.index(value) for value in name or ()]] = 1
+    backgrounds = F.one_hot(scenes[:, 9].long(), len(BACKGROUNDS)).float()
+    return torch.cat([kinds[scenes[:, :9].long()].flatten(1), backgrounds], 1)
 
 
 def infonce(one: Tensor, other: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric cross-entropy of matching rows, (B, D) each; CLIP, figure 3."""
-    logits = logit_scale.exp().clamp(max=100) * F.normalize(one.float(), dim=-1) @ F.normalize(other.float(), dim=-1).T
-    target = torch.arange(len(logits))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def image_embeddings(clip: CLIPModel, scenes: list[Scene]) -> Tensor:
-    """Projected image embeddings, (B, E)."""
-    return clip.visual_projection(clip.vision_model(pixels(scenes)).pooler_output)
-
-
-def text_embeddings(clip: CLIPModel, input_ids: Tensor) -> Tensor:
-    """Projected text embeddings, (B, E); positions behind the longest caption are not computed."""
-    ids = trimmed(input_ids, clip.config.text_config.eos_token_id)
-    return clip.text_projection(clip.text_model(ids).pooler_output)
+    """InfoNCE of matching rows, (B, D) each."""
+    similarities = F.normalize(one.float(), dim=-1) @ F.normalize(other.float(), dim=-1).T
+    return infonce_loss(logit_scale.exp().clamp(max=100) * similarities)
 
 
 def train_clip(args: Arguments) -> None:
-    """Stage 2, as locked-image tuning does it: the image tower learns to tell scenes apart by their facts, then it is
+    """Stage 3, as locked-image tuning does it: the image tower learns to tell scenes apart by their facts, then it is
     locked, and the text tower learns to match it. Two fresh towers stay for long at telling backgrounds apart.
 
     Captions are cut at 77 tokens; scenes grow from few objects to many.
     """
-    tokenizer = scenes_tokenizer()
-    clip = build_clip(tokenizer)
-    table = nn.Linear(facts([sample_scene(0)]).shape[1], clip.config.projection_dim)
+    device = accelerator_of(args).device
+    tokenizer = clip_tokenizer(STOCK_LENGTH)
+    clip = build_clip(tokenizer).to(device)
+    if device.type == "cpu":  # the faster one there
+        clip.set_attn_implementation("eager")
+    paint = Painter(device)
+    scenes, input_ids = read_captions(args, device)
+    objects = (scenes[::GROUP, :9] > 0).sum(1)  # of each group
+    small = (objects <= FEW[1]).nonzero()[:, 0].cpu()
+    table = nn.Linear(facts(scenes[:1]).shape[1], clip.config.projection_dim, device=device)
+
+    def rows(stage: str, step: int, few: bool) -> Tensor:
+        generator = draws(args, stage, step)
+        groups = small if few and len(small) else torch.arange(len(objects))
+        chosen = groups[torch.randint(len(groups), (args.clip_groups,), generator=generator)]
+        return (GROUP * chosen[:, None] + torch.arange(GROUP)).flatten().to(device)
+
+    def image_embeddings(chosen: Tensor) -> Tensor:
+        return clip.visual_projection(clip.vision_model(paint(scenes[chosen])).pooler_output)
 
     def image_loss_at(step: int) -> dict[str, Tensor]:
-        scenes = groups(args, 2_000_000 + step, 12, share_of_few=1.0 if step < args.image_steps // 4 else 0.3)
-        return {"infonce": infonce(image_embeddings(clip, scenes), table(facts(scenes)), clip.logit_scale)}
+        chosen = rows("clip_image", step, step < args.image_steps // 4)
+        return {"infonce": infonce(image_embeddings(chosen), table(facts(scenes[chosen])), clip.logit_scale)}
 
     images = nn.ModuleList([clip.vision_model, clip.visual_projection, table])
     images.register_parameter("logit_scale", clip.logit_scale)
@@ -357,19 +433,20 @@ def train_clip(args: Arguments) -> None:
     clip.logit_scale.requires_grad_(True)
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        scenes = groups(args, step, 12, share_of_few=1.0 if step < args.clip_steps // 4 else 0.5)
-        input_ids = tokens(tokenizer, [describe(scene, step) for scene in scenes], STOCK_LENGTH)
-        return {"infonce": infonce(image_embeddings(clip, scenes), text_embeddings(clip, input_ids), clip.logit_scale)}
+        chosen = rows("clip", step, step < args.clip_steps // 8)
+        ids = cut(input_ids[chosen], tokenizer.eos_token_id)
+        text = clip.text_projection(clip.text_model(ids).pooler_output)
+        return {"infonce": infonce(image_embeddings(chosen), text, clip.logit_scale)}
 
     fit("clip", clip, loss_at, args.clip_steps, 1e-3, args)
-    clip.save_pretrained(args.output_dir / "clip_model")
+    clip.to("cpu").save_pretrained(args.output_dir / "clip_model")
     tokenizer.save_pretrained(args.output_dir / "clip_model")
     image_processor().save_pretrained(args.output_dir / "clip_model")
     save_text_encoder(text_encoder(clip), tokenizer, args.output_dir / "model", overwrite=True)
 
 
 def image_processor() -> CLIPImageProcessor:
-    """Does what `pixels` does."""
+    """Does what `Painter` does."""
     return CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -402,63 +479,50 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def training_latents(args: Arguments, vae: AutoencoderKL) -> tuple[list[Scene], Tensor]:
-    """The training scenes, one to nine objects each, and their scaled latents, written once."""
-    file = args.output_dir / f"latents-{args.num_scenes}.pt"
-    rows = (FEW, (1, 9), MANY, MANY)
-    scenes = [sample_scene(seed, num_objects=rows[seed % 4]) for seed in range(args.num_scenes)]
-    if not file.exists():
-        parts = []
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-            for first in trange(0, len(scenes), 64, desc="latents", mininterval=5):
-                parts.append(vae.encode(pixels(scenes[first : first + 64])).latent_dist.mean.float())
-        with writing(file) as part:
-            torch.save(torch.cat(parts) * vae.config.scaling_factor, part)
-    return scenes, torch.load(file, weights_only=True)
-
-
 @torch.no_grad()
-def encode(args: Arguments, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token states of captions padded, and cut, to the encoder's length, (N, T, D) in bfloat16."""
-    length, width = encoder.config.max_position_embeddings, encoder.config.hidden_size
-    states = torch.empty(len(captions), length, width, dtype=torch.bfloat16)
-    for first in trange(0, len(captions), 64, desc="states", mininterval=5):
-        rows = slice(first, first + 64)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-            states[rows] = encoder(tokens(tokenizer, captions[rows], length)).last_hidden_state
-    return states
+def scaled_latents(args: Arguments, vae: AutoencoderKL, scenes: Tensor) -> Tensor:
+    """Latents of the first scenes, (N, C, h, w), written once."""
+    file = args.output_dir / f"latents-{args.num_latents}.safetensors"
+    scenes = scenes[: args.num_latents]
+    if not file.exists():
+        paint, parts = Painter(scenes.device), []
+        with accelerator_of(args).autocast():
+            for first in trange(0, len(scenes), 256, desc="latents", mininterval=5):
+                parts.append(vae.encode(paint(scenes[first : first + 256])).latent_dist.mean.half().cpu())
+        with writing(file) as part:
+            save_file({"latents": torch.cat(parts) * vae.config.scaling_factor}, part)
+    return load_file(file)["latents"].to(scenes.device)
 
 
-def train_denoiser(
-    args: Arguments,
-    stage: str,
-    unet: UNet2DConditionModel,
-    encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    steps: int,
-) -> StableDiffusionPipeline:
-    """Stages 3 and 5. Captions are padded to the encoder's length, in training as in sampling; a tenth is empty.
+def train_denoiser(args: Arguments, stage: str, unet: UNet2DConditionModel, steps: int) -> StableDiffusionPipeline:
+    """Captions are cut at 77 tokens and padded to as many, in training as in sampling; a tenth is empty.
 
     Noise levels lean to the high end, where the layout is decided.
     """
-    model = args.output_dir / "model"
-    vae = AutoencoderKL.from_pretrained(model / "vae").eval()
-    scenes, latents = training_latents(args, vae)
+    model, device = args.output_dir / "model", accelerator_of(args).device
+    vae = AutoencoderKL.from_pretrained(model / "vae").to(device).eval()
+    encoder = CLIPTextModel.from_pretrained(model / "text_encoder").to(device).eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     noise_scheduler = scheduler()
-    unet.set_attn_processor(AttnProcessor())  # faster than the fused kernel in bfloat16 on a CPU
-    captions = ["", *(describe(scene, seed) for seed, scene in enumerate(scenes))]
-    states = encode(args, encoder, tokenizer, captions)  # (1 + scenes, T, D)
+    if device.type == "cpu":  # the faster ones there in bfloat16
+        unet.set_attn_processor(AttnProcessor())
+        encoder.set_attn_implementation("eager")
+    scenes, input_ids = read_captions(args, device)
+    latents = scaled_latents(args, vae, scenes)
+    input_ids = cut(input_ids[: len(latents)], tokenizer.eos_token_id)
+    empty_ids = torch.tensor(tokenizer("", padding="max_length").input_ids, device=device)
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(args.seed * 10_000_000 + step)
-        rows = torch.randint(len(scenes), (64,), generator=generator)
-        empty = torch.rand(64, generator=generator) < 0.1
-        noise = torch.randn(latents[rows].shape, generator=generator)
-        timesteps = ((1 - torch.rand(64, generator=generator).square()) * 1000).long().clamp(max=999)
-        noisy = noise_scheduler.add_noise(latents[rows], noise, timesteps)
-        target = noise_scheduler.get_velocity(latents[rows], noise, timesteps)
-        velocity = unet(noisy, timesteps, states[(rows + 1).masked_fill(empty, 0)]).sample
-        return {"velocity": F.mse_loss(velocity.float(), target)}
+        generator, size = draws(args, stage, step), args.unet_batch_size
+        rows = torch.randint(len(latents), (size,), generator=generator).to(device)
+        empty = (torch.rand(size, generator=generator) < 0.1).to(device)
+        clean = latents[rows].float()
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        timesteps = sample_timesteps(size, 1000, "high_noise", generator).to(device)
+        with torch.no_grad():
+            states = encoder(torch.where(empty[:, None], empty_ids, input_ids[rows])).last_hidden_state
+        velocity = unet(noise_scheduler.add_noise(clean, noise, timesteps), timesteps, states).sample
+        return {"velocity": F.mse_loss(velocity.float(), denoising_target(noise_scheduler, clean, noise, timesteps))}
 
     fit(stage, unet, loss_at, steps, 1e-3, args, ema_decay=0.9995)
     pipe = StableDiffusionPipeline(vae, encoder, tokenizer, unet, noise_scheduler, None, None, None, False)
@@ -469,6 +533,7 @@ def train_denoiser(
 def draw_examples(pipe: StableDiffusionPipeline, file: Path) -> None:
     """Writes eight held-out scenes above what the pipeline makes of their captions."""
     pipe.set_progress_bar_config(disable=True)
+    diffusers_logging.set_verbosity_error()  # captions are cut at 77 tokens here, it need not say so
     scenes = [sample_scene(seed, "test") for seed in range(8)]
     images = pipe(
         [str(describe(scene)) for scene in scenes],
@@ -477,101 +542,155 @@ def draw_examples(pipe: StableDiffusionPipeline, file: Path) -> None:
         generator=[torch.Generator().manual_seed(seed) for seed in range(8)],
         output_type="pt",
     ).images
-    save_picture(torch.cat([pixels(scenes), images * 2 - 1]), 8, file)
+    save_picture(torch.cat([Painter(images.device)(cell_numbers(scenes)), images * 2 - 1]), 8, file)
 
 
 def train_unet(args: Arguments) -> None:
-    """Stage 3."""
+    """Stage 4."""
     model = args.output_dir / "model"
+    vae = AutoencoderKL.load_config(model / "vae")
     unet = UNet2DConditionModel(
-        sample_size=6,
-        in_channels=16,
-        out_channels=16,
-        block_out_channels=(96, 160),
+        sample_size=IMAGE_SIZE // 2 ** (len(vae["block_out_channels"]) - 1),
+        in_channels=vae["latent_channels"],
+        out_channels=vae["latent_channels"],
+        block_out_channels=(96, 144),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
         cross_attention_dim=128,
-        attention_head_dim=4,  # the number of heads, by diffusers' naming
+        attention_head_dim=3,  # the number of heads, by diffusers' naming
         norm_num_groups=16,
     )
-    encoder = CLIPTextModel.from_pretrained(model / "text_encoder")
-    pipe = train_denoiser(
-        args, "unet", unet, encoder, CLIPTokenizer.from_pretrained(model / "tokenizer"), args.unet_steps
-    )
-    unet.save_pretrained(model / "unet")
+    pipe = train_denoiser(args, "unet", unet, args.unet_steps)
+    unet.to("cpu").save_pretrained(model / "unet")
     pipe.scheduler.save_pretrained(model / "scheduler")
     pipe.save_config(model)
 
 
 def train_long_clip(args: Arguments) -> None:
-    """Stage 4, by the project's own script."""
-    flags = {
-        "recipe": LONG_CLIP_RECIPE,
-        "pretrained_model_name_or_path": args.output_dir / "clip_model",
-        "train_data": "scenes",
-        "output_dir": args.output_dir / "long_clip",
-        "train_batch_size": 96,
-        "learning_rate": 5e-4,
-        "head_learning_rate": 5e-4,
-        "lr_warmup_steps": min(60, args.long_clip_steps),
-        "max_train_steps": args.long_clip_steps,
-        "length_bucketing": True,
-        "num_validation_examples": min(512, args.num_scenes),
+    """Stage 5. The words' embeddings stay as they are: both encoders share them in the bundle."""
+    run(
+        "finetune_encoder.py",
+        recipe=LONG_CLIP_RECIPE,
+        pretrained_model_name_or_path=args.output_dir / "clip_model",
+        train_data=f"scenes:{WORDING}",
+        output_dir=args.output_dir / "long_clip",
+        train_batch_size=96,
+        learning_rate=5e-4,
+        head_learning_rate=5e-4,
+        lr_warmup_steps=min(60, args.long_clip_steps),
+        max_train_steps=args.long_clip_steps,
+        length_bucketing=True,
+        num_validation_examples=min(512, args.num_captions),
+        freeze_token_embedding=True,
+        **common_flags(args),
+    )
+
+
+def train_tune(args: Arguments) -> None:
+    """Stage 6. The words' embeddings stay as they are, here, too."""
+    model = args.output_dir / "model"
+    run(
+        "finetune_text_to_image.py",
+        preset="scenes",
+        pretrained_model_name_or_path=model,
+        finelip=args.output_dir / "long_clip",
+        output_dir=args.output_dir / "tune",
+        train_batch_size=args.tune_batch_size,
+        max_train_steps=args.tune_steps,
+        num_scenes=args.tune_scenes,
+        freeze_token_embedding=True,
+        **common_flags(args),
+    )
+    for part in ("text_encoder", "tokenizer"):
+        with writing(model / "finelip" / part) as folder:
+            shutil.copytree(args.output_dir / "tune" / part, folder, dirs_exist_ok=True)
+
+
+def common_flags(args: Arguments) -> dict[str, object]:
+    """Of the project's own training scripts."""
+    return {
         "mixed_precision": args.mixed_precision,
         "checkpointing_steps": args.checkpointing_steps,
         "checkpoints_total_limit": 1,
         "resume_from_checkpoint": "latest",
+        "dataloader_num_workers": (args.num_workers or os.cpu_count() or 1) if torch.accelerator.is_available() else 0,
         "seed": args.seed,
     }
-    script = Path(__file__).with_name("finetune_encoder.py")
-    command = [sys.executable, script, *(word for name, value in flags.items() for word in (f"--{name}", value))]
-    if status := subprocess.run([str(word) for word in command]).returncode:
+
+
+def run(script: str, **flags: object) -> None:
+    """Runs one of the project's own scripts."""
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    if status := subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *words]).returncode:
         raise SystemExit(status)
-    for part in ("text_encoder", "tokenizer"):
-        folder = args.output_dir / "model" / "finelip" / part
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(args.output_dir / "long_clip" / part, folder)
 
 
-def train_adapt(args: Arguments) -> None:
-    """Stage 5."""
-    model = args.output_dir / "model"
-    unet = UNet2DConditionModel.from_pretrained(model / "unet")
-    encoder = CLIPTextModel.from_pretrained(model / "finelip" / "text_encoder")
-    tokenizer = CLIPTokenizer.from_pretrained(model / "finelip" / "tokenizer")
-    train_denoiser(args, "adapt", unet, encoder, tokenizer, args.adapt_steps)
-    unet.save_pretrained(model / "finelip" / "unet")
+# -------------------------------------------------------------------------------------------------------------- bundle
 
 
 def write_bundle(args: Arguments) -> None:
-    """Stage 6. The same folder in half precision; what is no weight is copied."""
-    model, bundled = args.output_dir / "model", args.output_dir / "bundled"
-    shutil.rmtree(bundled, ignore_errors=True)
-    shutil.copytree(model, bundled)
-    write_clip(args.output_dir / "clip_model", bundled / "clip")
-    for file in bundled.rglob("*.safetensors"):
-        save_file({name: weight.half() for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+    """Stage 7. The same folder in half precision, with one table of the embeddings of words, which the encoders share."""
+    model = args.output_dir / "model"
+    with writing(args.output_dir / "bundled") as bundled:
+        shutil.copytree(model, bundled, dirs_exist_ok=True)
+        for file in bundled.rglob("*.safetensors"):
+            weights = {name: weight.half() for name, weight in load_file(file).items()}
+            save_file(weights, file, metadata={"format": "pt"})
+        for file in bundled.rglob("tokenizer.json"):  # what vocab.json and merges.txt say, three times as long
+            file.unlink()
+        share_embeddings(bundled)
+        write_clip(args.output_dir / "clip_model", bundled)
 
 
-def write_clip(source: Path, folder: Path) -> None:
+def share_embeddings(bundled: Path) -> None:
+    """Puts the embeddings of words into a file of their own, which the indexes of both text encoders name.
+
+    Raises:
+        ValueError: If the long encoder has others.
+    """
+    words = "model-00001-of-00002.safetensors"
+    table: dict[str, Tensor] = {}
+    for folder, shared in (
+        (bundled / "text_encoder", words),
+        (bundled / "finelip" / "text_encoder", f"../../text_encoder/{words}"),
+    ):
+        weights = load_file(folder / "model.safetensors")
+        name = next(name for name in weights if name.endswith("token_embedding.weight"))
+        own = {name: weights.pop(name)}
+        table = table or own
+        if not torch.equal(table[name], own[name]):
+            raise ValueError(f"{folder} has embeddings of words of its own: train it with --freeze_token_embedding.")
+        (folder / "model.safetensors").unlink()
+        save_file(weights, folder / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
+        write_index(
+            folder, {**dict.fromkeys(weights, "model-00002-of-00002.safetensors"), name: shared}, [weights, table]
+        )
+    save_file(table, bundled / "text_encoder" / words, metadata={"format": "pt"})
+
+
+def write_clip(source: Path, bundled: Path) -> None:
     """The 77-token CLIP, which fine-tuning starts from, beside the pipeline's folders.
 
-    Its text tower is the pipeline's text encoder, weight for weight, so the index names that file instead of a copy.
+    Its text tower is the pipeline's text encoder, weight for weight, so the index names its files instead of copies.
     """
+    folder = bundled / "clip"
     folder.mkdir()
-    weights = load_file(source / "model.safetensors")
-    text = {name for name in weights if name.startswith("text_model.")}
+    weights = {name: weight.half() for name, weight in load_file(source / "model.safetensors").items()}
+    files = json.loads((bundled / "text_encoder" / "model.safetensors.index.json").read_text())["weight_map"]
+    text = {name: f"../text_encoder/{files[name]}" for name in weights if name in files}
     image = {name: weight for name, weight in weights.items() if name not in text}
     save_file(image, folder / "image_tower.safetensors", metadata={"format": "pt"})
-    size = 2 * sum(weight.numel() for weight in weights.values())
-    files = {
-        name: "../text_encoder/model.safetensors" if name in text else "image_tower.safetensors" for name in weights
-    }
-    index = {"metadata": {"total_size": size}, "weight_map": files}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    write_index(folder, {name: text.get(name, "image_tower.safetensors") for name in weights}, [weights])
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copy(source / name, folder)
+
+
+def write_index(folder: Path, files: dict[str, str], weights: Sequence[dict[str, Tensor]]) -> None:
+    """Says in which file each weight is, as transformers reads it."""
+    size = sum(weight.nbytes for part in weights for weight in part.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
@@ -579,31 +698,31 @@ def write_clip(source: Path, folder: Path) -> None:
 
 def save_picture(images: Tensor, columns: int, file: Path) -> None:
     """Writes images in -1..1, (B, 3, H, W), as one contact sheet."""
-    array = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    array = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     rows = [np.concatenate(array[first : first + columns], axis=1) for first in range(0, len(array), columns)]
     Image.fromarray(np.concatenate(rows)).save(file)
 
 
 def main(args: Arguments) -> None:
+    if args.num_captions < GROUP:
+        raise ValueError(f"--num_captions is {args.num_captions}, but a group has {GROUP}.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     stages = {
+        "captions": write_captions,
         "autoencoder": train_autoencoder,
         "clip": train_clip,
         "unet": train_unet,
         "long_clip": train_long_clip,
-        "adapt": train_adapt,
+        "tune": train_tune,
         "bundle": write_bundle,
     }
     for stage in stages if args.stage == "all" else (args.stage,):
         missing = [name for name in NEEDS.get(stage, ()) if not (args.output_dir / name).exists()]
         if missing:
-            raise SystemExit(f"--stage {stage} needs {args.output_dir / missing[0]}: run the stages before it first.")
+            raise ValueError(f"--stage {stage} needs {args.output_dir / missing[0]}: run the stages before it first.")
         set_seed(args.seed)
         stages[stage](args)
 
 
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
-    except ValueError as error:  # a full disk
-        raise SystemExit(f"{Path(__file__).name}: {error}") from error
+    run_script(main, Arguments, __file__, PRESETS)

@@ -24,8 +24,6 @@ MAX_RESIDUAL = 0.15  # root mean square error, of [0, 1], beyond which a cell sh
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "moon")
 SIZES = {"small": 10.5, "large": 19.0}  # radius in pixels
 RIM = (1.5, 0.6)  # width in pixels and brightness, of the color, of the line around a shape
-STYLES = {"plain": 0.0, "pastel": 0.45}
-"""How a scene may be drawn, and how much white is mixed into the colors of its shapes; `"pastel"` has no shadows."""
 SHADOW = (2, 1.5, 0.28)  # pixels down and to the right, blur in pixels, darkness
 COLOURS = {
     "red": (220, 40, 40),
@@ -213,22 +211,20 @@ def _masks(shape: str, size: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def _patch(shape: str, colour: str, size: str, background: str, style: str) -> np.ndarray:
+def _patch(shape: str, colour: str, size: str, background: str) -> np.ndarray:
     """A cell that holds one object, with its rim and its shadow, (CELL_SIZE, CELL_SIZE, 3) in 0..1."""
     whole, inner, dark = _masks(shape, size)
     fill, paper = np.array(COLOURS[colour], np.float32), np.array(BACKGROUNDS[background], np.float32)
-    white = STYLES[style]
-    fill, ground = (1 - white) * fill + white * 255, paper * (1 - (0 if white else SHADOW[2]) * dark)
+    ground = paper * (1 - SHADOW[2] * dark)
     return (inner * fill + (whole - inner) * RIM[1] * fill + (1 - whole) * ground) / 255
 
 
 @functools.cache
-def cell_pictures(background: str, style: str = "plain") -> tuple[list[tuple[str, str, str] | None], np.ndarray]:
+def cell_pictures(background: str) -> tuple[list[tuple[str, str, str] | None], np.ndarray]:
     """Every cell that can lie on a background, of which all pictures consist.
 
     Args:
         background: a name in `BACKGROUNDS`.
-        style: a name in `STYLES`.
 
     Returns:
         The shape, color and size in it, None for the empty cell, which comes first; and its pixels,
@@ -236,22 +232,12 @@ def cell_pictures(background: str, style: str = "plain") -> tuple[list[tuple[str
     """
     names: list[tuple[str, str, str] | None] = [None, *((*kind,) for kind in product(SHAPES, COLOURS, SIZES))]
     empty = np.broadcast_to(np.array(BACKGROUNDS[background], np.float32) / 255, (CELL_SIZE, CELL_SIZE, 3))
-    return names, np.stack([empty, *(_patch(*name, background, style) for name in names if name is not None)])
+    return names, np.stack([empty, *(_patch(*name, background) for name in names if name is not None)])
 
 
-def render(scene: Scene, style: str = "plain") -> Image.Image:
-    """Draws a scene as an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
-
-    Args:
-        scene: the scene.
-        style: a name in `STYLES`.
-
-    Raises:
-        ValueError: for an unknown style.
-    """
-    if style not in STYLES:
-        raise ValueError(f"The style {style!r} is not one of {', '.join(STYLES)}.")
-    names, pictures = cell_pictures(scene.background, style)
+def render(scene: Scene) -> Image.Image:
+    """Draws a scene as an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels."""
+    names, pictures = cell_pictures(scene.background)
     cells = np.zeros(9, int)
     for item in scene.objects:
         cells[item.cell] = names.index((item.shape, item.colour, item.size))
@@ -275,7 +261,7 @@ def _cells(image: Image.Image | np.ndarray) -> np.ndarray:
     return grid.reshape(9, CELL_SIZE * CELL_SIZE * 3)
 
 
-def read(image: Image.Image | np.ndarray, style: str = "plain") -> Scene:
+def read(image: Image.Image | np.ndarray) -> Scene:
     """Says which scene an image shows.
 
     The background is the one nearest to the median color along the borders of the cells; each cell is the object,
@@ -284,7 +270,6 @@ def read(image: Image.Image | np.ndarray, style: str = "plain") -> Scene:
 
     Args:
         image: a PIL image, or an array (IMAGE_SIZE, IMAGE_SIZE, 3) of uint8, or of floats in 0..1.
-        style: the one that it is drawn in, a name in `STYLES`.
 
     Raises:
         ValueError: for an image of another size.
@@ -294,7 +279,7 @@ def read(image: Image.Image | np.ndarray, style: str = "plain") -> Scene:
     border = np.concatenate([square[:, :2].reshape(-1, 3), square[:, -2:].reshape(-1, 3)])
     median = np.median(border, axis=0) * 255
     background = min(BACKGROUNDS, key=lambda name: float(np.square(median - np.array(BACKGROUNDS[name])).sum()))
-    names, pictures = cell_pictures(background, style)
+    names, pictures = cell_pictures(background)
     templates = pictures.reshape(len(pictures), -1)
     errors = np.square(cells).sum(1)[:, None] - 2 * cells @ templates.T + np.square(templates).sum(1)  # (9, N)
     residuals = np.sqrt(np.maximum(errors, 0) / cells.shape[1])
