@@ -94,7 +94,7 @@ def result(recipe: str, seed: int, hits: str, pictures: list[list[int]], **more:
     return {
         "recipe": recipe, "seed": seed, "score": None, "hits": dict.fromkeys(names, hits), "pictures": pictures,
         "probes": {"cell": 0.5, "colour": 0.4, "shape": 0.3, "size": 0.6}, "cpu_seconds": 1.0,
-        "drift": {"last": 0.1, "last but one": 0.2}, "settings": {"recipe": {}, "tune_steps": 0},
+        "drift": {"last": 0.1, "last but one": 0.2}, "settings": {"recipe": {}}, "tune_steps": 0,
     } | more  # fmt: skip
 
 

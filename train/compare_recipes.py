@@ -14,10 +14,13 @@ A run leaves one small JSON file in `results/`. Started again, the script makes 
 whose recipe, budget or starting weights are others now, and says what is missing still. `report.md` has all tables.
 A sweep is a file of train/sweeps: a recipe, and what is changed of it.
 
-Two cores take about two hours for the defaults. On a machine with a GPU and 16 cores:
+Two cores that do nothing else take less than two hours for the defaults. On a machine with a GPU and 16 cores, the
+table with its sweeps, and what is then asked of a few recipes alone, without losing what is there:
 
-    python train/compare_recipes.py --output_dir runs/recipes --jobs 12 --max_train_steps 300 --sweeps all \\
-        --num_groups 96 --num_drawn_prompts 200 --num_inference_steps 20 --tune_steps 200
+    python train/compare_recipes.py --output_dir runs/recipes --jobs 15 --max_train_steps 200 --num_groups 48 \\
+        --num_drawn_prompts 100 --num_inference_steps 20 --sweeps all
+    python train/compare_recipes.py --output_dir runs/recipes --jobs 15 --max_train_steps 200 --num_groups 48 \\
+        --num_drawn_prompts 100 --num_inference_steps 20 --recipes finelip sparc edited --tune_steps 200
 """
 
 import hashlib
@@ -189,7 +192,7 @@ def fingerprint(*sources: str) -> str:
 
 def settings_of(args: Arguments, content: dict[str, Any] | None, weights: str) -> dict[str, Any]:
     """What a result depends on; one that was made otherwise is made again."""
-    names = ("max_train_steps", "train_batch_size", "learning_rate", "mixed_precision", "num_groups", "tune_steps",
+    names = ("max_train_steps", "train_batch_size", "learning_rate", "mixed_precision", "num_groups",
              "num_probe_captions", "num_short_prompts", "num_drawn_prompts", "num_inference_steps",
              "guidance_scale")  # fmt: skip
     own = {key: value for key, value in (content or {}).items() if key != "description"}
@@ -201,10 +204,12 @@ def result_file(args: Arguments, name: str, seed: int) -> Path:
 
 
 def read_result(args: Arguments, name: str, seed: int, settings: dict[str, Any]) -> Result | None:
-    """The result of a run, if it was made under these settings."""
+    """The result of a run, if it was made under these settings, and tuned as far as is asked for."""
     file = result_file(args, name, seed)
     result = json.loads(file.read_text()) if file.is_file() else None
-    return result if result is not None and result["settings"] == settings else None
+    if result is None or result["settings"] != settings:
+        return None
+    return result if name in STOCK or args.tune_steps in (0, result["tune_steps"]) else None
 
 
 # -------------------------------------------------------------------------------------------------------------- a run
@@ -222,7 +227,7 @@ def run(name: str, content: dict[str, Any] | None, seed: int, gallery: SceneGall
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")
-    result: Result = {"recipe": name, "seed": seed, "settings": settings}
+    result: Result = {"recipe": name, "seed": seed, "settings": settings, "tune_steps": args.tune_steps}
     began = time.process_time()
     if name in STOCK:
         result["pictures"] = pictures(None, name, args, device)
@@ -448,7 +453,7 @@ def tables(results: Results) -> list[str]:
         lines += table("The score that the recipe trains for", ["recipe, score", *RETRIEVAL], rows)
     if any(one.get("tuned") for own in trained.values() for one in own):
         rows = [[name, *(shown(recall(own, key, after)) for key in ("pictures", "tuned") for after in (False, True))]
-                for name, own in trained.items()]  # fmt: skip
+                for name, own in trained.items() if any(one.get("tuned") for one in own)]  # fmt: skip
         heads = ["recipe", "plugged in, before 77", "plugged in, after 77", "tuned, before 77", "tuned, after 77"]
         lines += table("Drawn by the frozen UNet, before and after tuning through it", heads, rows)
     rows = [[name, *(over_seeds([one["probes"][attribute] for one in own]) for attribute in ATTRIBUTES)]
@@ -636,7 +641,7 @@ def choices(results: Results) -> list[str]:
         name, own = found
         base = both(results[UNTRAINED], "tuned")
         lines.append(f"- **An encoder to tune through a UNet**: `{name}`, {both(own, 'tuned')} after "
-                     f"{own[0]['settings']['tune_steps']} updates (untrained: {base}).")  # fmt: skip
+                     f"{own[0]['tune_steps']} updates (untrained: {base}).")  # fmt: skip
     elif found := best(results, lambda own: float(np.mean([list(one["probes"].values()) for one in own]))):
         name, own = found
         probes = over_seeds([float(np.mean(list(one["probes"].values()))) for one in own])
@@ -649,7 +654,10 @@ def page(results: Results, sweeps: Sequence[Sweep], missing: list[str], args: Ar
     """The results page: what to take, how it was measured, every table."""
     ran = next(own[0] for own in results.values() if own and own[0]["settings"]["recipe"])
     seeds = sorted({one["seed"] for own in results.values() for one in own})
+    tuned = [f"`{name}`" for name, own in results.items() if own[0].get("tuned")]
+    steps = max(own[0].get("tune_steps", 0) for own in results.values())
     values = ran["settings"] | {
+        "tuned": f"{steps} updates, of {', '.join(tuned)}" if tuned else "nothing in this run (`--tune_steps`)",
         "seeds": ", ".join(map(str, seeds)),
         "queries": len(ran["hits"]["whole/global/text_to_image"]),
         "device": ran["cost"]["device"],
