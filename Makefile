@@ -9,7 +9,7 @@ AXE := tests/node_modules/.package-lock.json
 CODE := $(wildcard finelip_diffusion pipelines train app examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app space test test-oldest test-install versions docs quality lint types style clean
+.PHONY: help demo app space test test-oldest test-install versions docs pictures quality lint types style clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '@' 2>/dev/null \
@@ -45,6 +45,9 @@ versions: ## write what the suite last ran on into docs/versions.md
 
 docs: $(VENV)/.installed-dev ## build the documentation's site in build/site; any broken link fails
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
+pictures: $(VENV)/.installed-dev ## draw the page's example again, and take the documentation's pictures of the page
+	$(OFFLINE) $(PY) app/take_pictures.py
 
 quality: lint types ## check lint, format and types; change nothing
 

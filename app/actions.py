@@ -170,21 +170,20 @@ class Actions:
         )
 
     def _shown(self, kept: list[Kept], tail: str = "") -> str:
-        """Finished pictures of one drawing, as HTML."""
-        first = kept[0]
-        if first.kind == "compare":
+        """Finished pictures of one drawing, as HTML; of a comparison that was cut short they are fewer than three."""
+        settings, kind, href = kept[0].settings, kept[0].kind, ""
+        if kind == "compare" and len(kept) == len(panels.COMPARED):
+            href = address(kept[0].comparison)
+            if not kept[0].comparison.exists():
+                self.album.write(kept[0].comparison, self._sheet(kept))
+        labels = [f"Seed {picture.settings.seed}" for picture in kept]
+        if kind == "compare" or len(kept) == 1:
             labels = [panels.STRATEGIES[picture.settings.long_prompt] for picture in kept]
-            words = f"The same noise, seed {first.settings.seed}. {tail}"
-            if not first.comparison.exists():
-                self.album.write(first.comparison, self._sheet(kept))
-        else:
-            labels = [f"Seed {picture.settings.seed}" for picture in kept]
-            if len(kept) == 1:
-                labels = [panels.STRATEGIES[first.settings.long_prompt]]
-            words = f"Seed {first.settings.seed}. {tail}"
         frames = [results.finished(label, picture, self.reader) for label, picture in zip(labels, kept, strict=True)]
-        href = address(first.comparison) if first.kind == "compare" else ""
-        return results.frames(frames, results.line(words), self._below(first.kind, first.settings, kept, href))
+        words = (
+            f"The same noise, seed {settings.seed}. {tail}" if kind == "compare" else f"Seed {settings.seed}. {tail}"
+        )
+        return results.frames(frames, results.line(words), self._below(kind, settings, kept, href))
 
     def _below(self, kind: str, settings: Settings, kept: list[Kept], href: str = "") -> str:
         """What stands under a comparison, as far as it is drawn: where to save it, and the table."""

@@ -24,7 +24,7 @@ from finelip_diffusion.files import writing
 
 def main() -> None:
     """Draws, writes, and says what was found."""
-    logging.getLogger("finelip_diffusion.readers").setLevel(logging.ERROR)  # the example is about what is dropped
+    logging.getLogger("finelip_diffusion").setLevel(logging.ERROR)  # the example is about what is dropped
     studio, reader = Studio(FineLIPStableDiffusionPipeline.from_pretrained, scenes=True), Reader()
     requests = [Settings(example.PROMPT, guidance_scale=3.0, long_prompt=name) for name in COMPARED]
     kept = {}

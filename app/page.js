@@ -139,6 +139,14 @@ addEventListener('pagehide', () => {
   if (entered) sessionStorage.setItem('finelip-typing', JSON.stringify({ text: area.value, at }));
 });
 
+/* Gradio ends its streams itself when a page is left, and tells the console of it as if these were errors. */
+const tell = console.error;
+let leaving = false;
+console.error = (...words) => {
+  leaving ||= words[0]?.name === 'AbortError';
+  if (!leaving || !/AbortError|Connection errored out/.test(words.join(' '))) tell(...words);
+};
+
 /* The page has been opened. What this tab was drawing is drawn again: the same noise gives the same picture. */
 function goOn() {
   entered = true;

@@ -10,6 +10,7 @@ import example_prompts
 import pytest
 import results
 import settings as page_settings
+import take_pictures
 from pages import VIEWPORTS, begin, drop, opened, set_number, type_prompt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -293,6 +294,14 @@ def test_the_newest_request_of_a_window_wins(tabs, url):
         expect(page.locator("#stop")).not_to_be_visible()
         page.get_by_role("tab", name="Listen").click()
         expect(page.locator("#sentences")).to_have_text("A small red star in the very centre.")
+
+
+def test_the_pictures_of_the_documentation_can_be_taken_again(browser, url, tmp_path):
+    take_pictures.take(browser, url, tmp_path)
+    sizes = {path.stem: Image.open(path).size for path in tmp_path.glob("*.png")}
+    assert set(sizes) == {"page", "listen", "dark", "phone"}
+    assert sizes["page"][0] == sizes["dark"][0] == 1280
+    assert sizes["phone"] == (800, 844)
 
 
 def test_a_model_that_fails_to_load_and_then_an_sdxl(tabs, stock_xl, finelip_folder):
