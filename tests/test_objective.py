@@ -19,6 +19,7 @@ from finelip_diffusion.objective import HEADS, SIGMOID_BIAS, Objective, Training
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.recipes import Recipe, make_recipe, read_content
 from finelip_diffusion.refinement import AttentionPooling, TokenRefinement
+from finelip_diffusion.tokenizer import VOCAB_SIZE
 
 FOLDER = Path(__file__).resolve().parents[1] / "train" / "recipes"
 B, E = 7, 16
@@ -54,7 +55,8 @@ def recipe_of(name: str) -> Recipe:
 def make_step(name: str, dtype: torch.dtype = torch.float64, **tower: float) -> TrainingStep:
     """A tiny model of random weights, its objective, and a teacher of other weights."""
     recipe = recipe_of(name)
-    text = TOWER | {"vocab_size": 2098, "bos_token_id": 2096, "eos_token_id": 2097, "pad_token_id": 2097}
+    last = VOCAB_SIZE - 1
+    text = TOWER | {"vocab_size": VOCAB_SIZE, "bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
     vision = TOWER | {"image_size": 32, "patch_size": 8}
 
     def config(length: int) -> CLIPConfig:

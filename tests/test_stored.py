@@ -170,8 +170,9 @@ def test_the_script_keeps_what_it_computed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     folders = {folder.name.rpartition("-")[0]: folder for folder in (tmp_path / "cache").iterdir()}
     assert folders.keys() == {"image", "teacher", "teacher_image"}
-    for folder in folders.values():  # the second epoch computed nothing, or there would be a shard of it
-        assert len(TensorStore(folder)) == 16 and len(list(folder.iterdir())) == 1
+    for name in ("image", "teacher_image"):  # the second epoch computed nothing, or there would be a shard of it
+        assert len(TensorStore(folders[name])) == 16 and len(list(folders[name].iterdir())) == 1
+    assert 16 <= len(TensorStore(folders["teacher"])) <= 32  # scenes may be told in other words
 
 
 def test_a_cache_for_nothing_is_refused(tmp_path: Path) -> None:
