@@ -373,7 +373,7 @@ def test_a_shared_tower_is_one(parts: Parts) -> None:
     with torch.no_grad():
         assert torch.equal(model.clip.text_model(ids).last_hidden_state, bundled(ids).last_hidden_state)
     assert {id(weight) for weight in bundled.parameters()} <= {id(weight) for weight in model.parameters()}
-    with pytest.raises(ValueError, match=r"text tower has \(layers, width\) \(4, 128\) and the encoder \(4, 32\)"):
+    with pytest.raises(ValueError, match=r"text tower has \(layers, width\) \(\d+, \d+\) and the encoder \(4, 32\)"):
         share_tower(model, parts.places["text_encoder"].encoder)
 
 
