@@ -112,6 +112,7 @@ def activation_bytes(
     both = nn.ModuleList([unet, *encoders]).to("meta", dtype)
     counter = Counter(both)
     if checkpointing:
+        module: Any
         for module in both.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = True

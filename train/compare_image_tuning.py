@@ -23,6 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Arguments:
     train_batch_size: int = field(default=48, metadata={"help": "The images of an update."})
     learning_rate: float = field(default=3e-4, metadata={"help": "The learning rate."})
     mixed_precision: str = field(default="no", metadata={"help": "no or bf16."})
-    dataloader_num_workers: int = field(default=1, metadata={"help": "The processes of a run that read and tokenize."})
+    dataloader_num_workers: int = field(default=2, metadata={"help": "The processes of a run that read and tokenize."})
     num_curve_points: int = field(default=4, metadata={"help": "The points of a run at which prompts are drawn."})
     num_curve_prompts: int = field(default=250, metadata={"help": "The held-out prompts of such a point."})
     num_prompts: int = field(default=1000, metadata={"help": "The held-out prompts at the end of a run."})
@@ -359,7 +360,7 @@ def load_pipelines(source: str | None, args: Arguments) -> tuple[Any, Any]:
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     own = None
     if source is not None:
-        how = {"long_prompt": "stretch"} if source == STRETCHED else {"finelip": source}
+        how: dict[str, Any] = {"long_prompt": "stretch"} if source == STRETCHED else {"finelip": source}
         own = FineLIPStableDiffusionPipeline.from_pretrained(base, **how)
         options |= {"text_encoder": own.text_encoder, "tokenizer": own.tokenizer}
     plain = StableDiffusionPipeline.from_pretrained(base, **options).to(device_here())
@@ -398,14 +399,12 @@ def measure(source: str | None, tower: str, args: Arguments) -> dict[str, Any]:
     device = device_here()
     pipe, finelip = load_pipelines(source, args)
     scenes = [sample_scene(seed, "test", FEW) for seed in range(args.num_short)]
-    short = [describe(scene, seed) for seed, scene in enumerate(scenes)]
-    fits = [len(pipe.tokenizer(str(text)).input_ids) <= STOCK_POSITIONS for text in short]
-    scenes, short = ([each for each, fit in zip(own, fits, strict=True) if fit] for own in (scenes, short))
+    pairs = [(describe(scene, seed), scene.background) for seed, scene in enumerate(scenes)]
+    pairs = [pair for pair in pairs if len(pipe.tokenizer(str(pair[0])).input_ids) <= STOCK_POSITIONS]
+    short, backgrounds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     result: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
     result["long"], _ = counts_and_backgrounds(pipe, long_prompts(args, args.num_prompts), None, args)
-    result["short"], result["backgrounds"] = counts_and_backgrounds(
-        pipe, short, [scene.background for scene in scenes], args
-    )
+    result["short"], result["backgrounds"] = counts_and_backgrounds(pipe, short, backgrounds, args)
     if finelip is None:
         return result
     finelip.to(device)
@@ -431,7 +430,7 @@ def retrieval(tower: str, encoder: Any, tokenizer: Any, args: Arguments, device:
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def resampled(tables: Sequence[Sequence[Sequence[float]]]) -> dict[str, Any]:
+def resampled(tables: Sequence[Any]) -> dict[str, Any]:
     """A share with its 95% interval over prompts and seeds, both drawn anew together.
 
     Args:
@@ -490,6 +489,11 @@ class Results:
         return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
 
 
+def counts_at(place: int, curve: list[dict[str, Any]]) -> Any:
+    """What was found at a point of a curve."""
+    return curve[place]["counts"]
+
+
 def curves(results: Results, args: Arguments) -> list[str]:
     """Recall over updates by start."""
     lines = []
@@ -505,7 +509,7 @@ def curves(results: Results, args: Arguments) -> list[str]:
             cells = [cell(side(before, "long", after)) if before else "–"]
             for place in range(len(updates)):
                 whole = [result for result in own if len(result["curve"]) > place]
-                cells.append(cell(side(whole, "curve", after, lambda curve, place=place: curve[place]["counts"])))
+                cells.append(cell(side(whole, "curve", after, partial(counts_at, place))))
             rows.append([start, *cells])
         lines += [f"Found {'after' if after else 'before'} token 77, over updates:", "",
                   *markdown_table(heads, rows), ""]  # fmt: skip
@@ -553,7 +557,7 @@ def tables(args: Arguments) -> str:
                 shares = [number(float(np.mean(each))) if each else "–" for each in probes]
                 further.append([label, cell(right), *shares])
             elsewhere.append([label, cell(side(own, "long", True)), *(
-                cell(side(own, "others", True, lambda others, name=name: others[name])) for name in names
+                cell(side(own, "others", True, itemgetter(name))) for name in names
             )])  # fmt: skip
     lines += ["### What does it cost?", ""]
     lines += markdown_table(["encoder", "short prompts", "background", "state drift", "prediction drift"], rows)
@@ -648,6 +652,8 @@ def main(args: Arguments) -> None:
         return
     deadline = None if args.minutes is None else time.time() + 60 * args.minutes
     args.results.mkdir(parents=True, exist_ok=True)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # of the processes side by side
+        os.environ[name] = "1"
     check_settings(args)
     write_images(args)
     recipes = [start for start in args.starts if "=" not in start and start != STRETCHED]

@@ -438,8 +438,8 @@ def cached_trajectories(args: Arguments, parts: Parts, accelerator: Accelerator)
     prompts = [captions.caption(index, stable_hash("teacher", args.seed, index)) for index in range(number)]
     empty = [stable_hash("empty", args.seed, index) % 1000 < 1000 * args.empty_captions for index in range(number)]
     prompts = ["" if left_out else str(prompt) for left_out, prompt in zip(empty, prompts, strict=True)]
-    how = {"side": args.resolution, "steps": args.validation_inference_steps, "points": args.teacher_points,
-           "guidance_scale": args.validation_guidance_scale, "seed": args.seed}  # fmt: skip
+    how: dict[str, Any] = {"side": args.resolution, "steps": args.validation_inference_steps, "points": args.teacher_points,
+                           "guidance_scale": args.validation_guidance_scale, "seed": args.seed}  # fmt: skip
     read_by = [place.stock for place in parts.places.values()]
     if "blend" in args.teacher_settings:
         read_by += [place.encoder for place in parts.places.values()]
@@ -475,7 +475,7 @@ class Batches:
         tokenizers = [place.tokenizer for place in parts.places.values()]
         keeps = args.kept_every if any(weights.get(name) for name in ("kept_states", "kept_predictions")) else 0
         self.cut_kept = not weights.get("kept_predictions")  # attention is causal: states depend on no padding
-        kept = None if args.kept_data is None else open_captions(args, args.kept_data)
+        kept: Any = None if args.kept_data is None else open_captions(args, args.kept_data)
         self.main = self.taught = self.pairs = None
         self.skipped: list[Any] = []
         if weights.get("denoising"):
@@ -507,7 +507,7 @@ class Batches:
     def _loader(self, dataset: Any, buckets: Any, collator: LatentCollator, first: int) -> Iterator[dict[str, Any]]:
         sampler = BucketSampler(buckets, self.args.train_batch_size, self.args.seed, self.accelerator.process_index,
                                 self.accelerator.num_processes, first)  # fmt: skip
-        return iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collator,  # type: ignore[arg-type]
+        return iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collator,
                                num_workers=self.args.dataloader_num_workers, generator=torch.Generator(),
                                pin_memory=self.accelerator.device.type == "cuda"))  # fmt: skip
 
@@ -651,11 +651,12 @@ def main(args: Arguments) -> None:
     set_seed(args.seed)
     parts = load_parts(args.pretrained_model_name_or_path, args.finelip, **options)
     args = replace(args, resolution=args.resolution or parts.side)
-    retrieval, result = None, None
+    retrieval: Retrieval | None = None
+    result: Tuned | None = None
     for stage in args.train:
         folder = args.output_dir if len(args.train) == 1 else args.output_dir / stage
         result = tune(stage, folder, parts, args)
-        retrieval = retrieval or (result and result.retrieval)
+        retrieval = retrieval or (None if result is None else result.retrieval)
         if args.lora_rank is not None and stage == "text_encoder":
             for place in parts.places.values():
                 fuse(place.encoder)
