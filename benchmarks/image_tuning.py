@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,7 +154,7 @@ def print_time(parts: Parts, update: Update, args: Arguments) -> list[float]:
         batch = make_batch(args, args.batch_size, length)
         width = parts.unet.config.cross_attention_dim
         states = torch.randn(args.batch_size, length, width, device=args.device, dtype=parts.unet.dtype)
-        runs: list[Callable[[], None]] = [lambda b=batch, s=states: bare(parts, b, s), lambda b=batch: update(b)]
+        runs: list[Callable[[], None]] = [partial(bare, parts, batch, states), partial(update, batch)]
         for run in runs:  # what libraries do on their first call
             run()
         taken = [[seconds(run, args.device) for run in runs] for _ in range(args.rounds)]
@@ -224,7 +225,7 @@ def print_memory(parts: Parts, update: Update, args: Arguments) -> None:
             held = torch.cuda.memory_allocated()
             peaks = {size: peak(update, args, size) for size in (args.batch_size, 2 * args.batch_size)}
             batch = make_batch(args, args.batch_size, MAX_LENGTH)
-            taken = statistics.median(seconds(lambda b=batch: update(b), args.device) for _ in range(5))
+            taken = statistics.median(seconds(partial(update, batch), args.device) for _ in range(5))
             cells += [f"{(peaks[args.batch_size] - held) / GIB:.2f}", f"{peaks[args.batch_size] / GIB:.2f}"]
             cells += [f"{1e3 * taken / args.batch_size:.1f}"]
             cells += [f"{largest_batch(update, args, card * GIB, peaks)}" for card in args.card_gib]

@@ -438,8 +438,10 @@ def cached_trajectories(args: Arguments, parts: Parts, accelerator: Accelerator)
     prompts = [captions.caption(index, stable_hash("teacher", args.seed, index)) for index in range(number)]
     empty = [stable_hash("empty", args.seed, index) % 1000 < 1000 * args.empty_captions for index in range(number)]
     prompts = ["" if left_out else str(prompt) for left_out, prompt in zip(empty, prompts, strict=True)]
-    how: dict[str, Any] = {"side": args.resolution, "steps": args.validation_inference_steps, "points": args.teacher_points,
-                           "guidance_scale": args.validation_guidance_scale, "seed": args.seed}  # fmt: skip
+    how: dict[str, Any] = {
+        "side": args.resolution, "steps": args.validation_inference_steps, "points": args.teacher_points,
+        "guidance_scale": args.validation_guidance_scale, "seed": args.seed,
+    }  # fmt: skip
     read_by = [place.stock for place in parts.places.values()]
     if "blend" in args.teacher_settings:
         read_by += [place.encoder for place in parts.places.values()]
