@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from finelip_diffusion import cli
 from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.text_encoder import load_text_encoder
 from finelip_diffusion.tokenizer import clip_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,6 +278,32 @@ def test_convert(stable_diffusion_folder, tmp_path, capsys):
         assert error.count("\n") == 1
         assert reason in error
     assert cli.main(["convert", str(stable_diffusion_folder), str(out), "--overwrite"]) == 0
+
+
+def test_convert_interpolates_between_stock_and_trained(stable_diffusion_folder, encoder_folder, tmp_path):
+    stock, trained = (load_text_encoder(source)[0] for source in (stable_diffusion_folder, encoder_folder))
+    for share, expected in ((0, stock), (1, trained), (0.25, None)):
+        command = ["convert", str(encoder_folder), str(tmp_path / str(share))]
+        assert cli.main([*command, "--interpolate", str(stable_diffusion_folder), "--share", str(share)]) == 0
+        found = load_text_encoder(tmp_path / str(share))[0].state_dict()
+        for name, weight in found.items():
+            one, other = stock.state_dict()[name], trained.state_dict()[name]
+            mixed = 0.75 * one + 0.25 * other if expected is None else expected.state_dict()[name]
+            assert torch.allclose(weight, mixed, rtol=0, atol=1e-6) and (
+                expected is None or torch.equal(weight, mixed)
+            )
+
+
+def test_convert_refuses_a_share_or_an_encoder_that_does_not_fit(stable_diffusion_folder, tmp_path, capsys):
+    tiny_text_encoder(1, width=64).save_pretrained(tmp_path / "wide")
+    clip_tokenizer(77).save_pretrained(tmp_path / "wide")
+    for flags, reason in (
+        (["--interpolate", stable_diffusion_folder, "--share", 1.5], "share is 1.5, but"),
+        (["--interpolate", tmp_path / "wide"], "differ in shape or are missing in one encoder"),
+    ):
+        command = ["convert", stable_diffusion_folder, tmp_path / "out", *flags]
+        assert cli.main(list(map(str, command))) != 0
+        assert reason in capsys.readouterr().err
 
 
 def test_convert_says_what_it_sets_aside(tmp_path, caplog):
