@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
-from .text_encoder import TextEncoder, text_embeddings
+from .text_encoder import TextEncoder
 
 ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -19,8 +19,7 @@ def adapt_encoder(encoder: TextEncoder, rank: int) -> None:
 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ENCODER_LAYERS)), encoder)
     for name, weight in encoder.named_parameters():
-        weight.requires_grad_(".lora_" in name)
-    text_embeddings(encoder).position_embedding.weight.requires_grad_(True)
+        weight.requires_grad_(".lora_" in name or "position_embedding" in name)
 
 
 def adapt_unet(unet: UNet2DConditionModel, rank: int) -> None:

@@ -56,6 +56,7 @@ from finelip_diffusion.model import load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.recipes import Recipe, read_recipe
 from finelip_diffusion.resuming import find_checkpoint, save_checkpoint, step_of
+from finelip_diffusion.rotary import mark_trained
 from finelip_diffusion.runs import (
     MIB,
     Means,
@@ -600,6 +601,7 @@ def validate(args: Arguments, parts: Parts, accelerator: Accelerator, update: in
 def save_result(args: Arguments, parts: Parts, retrieval: Retrieval | None, curve: Curve, steps: int) -> None:
     """Writes the encoders as stock classes, a LoRA of the UNet, the retrieval model, and the model card."""
     for name, place in parts.places.items():
+        mark_trained(place.encoder.config)
         save_text_encoder(place.encoder, place.tokenizer, args.output_dir, subfolder=name, overwrite=True)
     if "unet_lora" in args.train:
         save_unet_lora(parts.pipeline, args.output_dir)
