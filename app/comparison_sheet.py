@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from png_settings import text_chunks
 from settings import Settings
 
-SIDE = 384  # pixels that a picture is wide
+SIDE = 384  # pixels that a picture is wide; a smaller one is enlarged by a whole number to at least that
 MARGIN = 24
 LINES = 8  # of the prompt, at most
 
@@ -28,17 +28,17 @@ def sheet(pictures: Mapping[str, Kept], notes: Mapping[str, list[str]], settings
     """
     title, text = ImageFont.load_default(22), ImageFont.load_default(18)
     first = next(iter(pictures.values())).image
-    scale = SIDE / first.width
-    size = (SIDE, max(1, round(first.height * scale)))
-    sampling = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-    width = len(pictures) * (SIDE + MARGIN) + MARGIN
+    scale = -(-SIDE // first.width) if first.width < SIDE else SIDE / first.width
+    size = (round(first.width * scale), max(1, round(first.height * scale)))
+    sampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    width = len(pictures) * (size[0] + MARGIN) + MARGIN
     prompt = _wrapped(settings.prompt, text, width - 2 * MARGIN)
     below = max(map(len, notes.values()), default=0) * 26
     height = MARGIN + 36 + size[1] + 12 + below + 12 + 26 * (len(prompt) + 1) + MARGIN
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     for place, (name, picture) in enumerate(pictures.items()):
-        x, y = MARGIN + place * (SIDE + MARGIN), MARGIN
+        x, y = MARGIN + place * (size[0] + MARGIN), MARGIN
         draw.text((x, y), STRATEGIES[name], "black", title)
         canvas.paste(picture.image.convert("RGB").resize(size, sampling), (x, y + 36))
         draw.rectangle([x - 1, y + 35, x + size[0], y + 36 + size[1]], outline="#c9ced6")

@@ -1,12 +1,14 @@
-"""What the pictures of A1111, Forge, ComfyUI and InvokeAI say of how they were drawn."""
+"""What the pictures of A1111, Forge, Fooocus, ComfyUI and InvokeAI say of how they were drawn."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import comfyui_graph
+from sd_parsers.exceptions import ParserError
+from sd_parsers.parsers import FooocusParser, InvokeAIParser, Parser
 from settings import checked
 
 from finelip_diffusion.weighting import parse_weights
@@ -67,13 +69,13 @@ def read(texts: Mapping[str, str]) -> Found | None:
     Raises:
         ValueError: If one has, but what it wrote cannot be read.
     """
-    for key, program, parse in FORMATS:
-        if key in texts:
+    for key, beginning, program, parse in FORMATS:
+        if texts.get(key, "").lstrip().startswith(beginning) and key in texts:
             if len(texts[key]) > MAX_TEXT:
                 raise ValueError(f"What {program} wrote in this picture is too long: {len(texts[key]):,} characters.")
             try:
                 values, unread = parse(texts[key])
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ParserError) as error:
                 raise ValueError(f"What {program} wrote in this picture cannot be read.") from error
             return _checked(program, values, unread)
     return None
@@ -164,21 +166,49 @@ def _name(value: Any) -> str:
     return str(value.get("name") or value.get("model_name") or "") if isinstance(value, Mapping) else str(value)
 
 
-def _invokeai_2(text: str) -> tuple[dict[str, Any], list[str]]:
-    """InvokeAI 2: a JSON object with `image`; the negative prompt stands in the prompt, in square brackets."""
-    data = json.loads(text)
-    image = data["image"]
-    prompt = image["prompt"] if isinstance(image["prompt"], str) else image["prompt"][0]["prompt"]
-    negative = ", ".join(re.findall(r"\[([^\[\]]*)\]", prompt))
-    values = {"prompt": re.sub(r"\s*\[[^\[\]]*\]", "", prompt).strip(), "negative_prompt": negative}
-    values |= {INVOKEAI[key]: image[key] for key in ("steps", "seed", "cfg_scale", "width", "height") if key in image}
-    unread = [f"{words} {image[key]}" for key, words in (("sampler", "sampler"),) if image.get(key)]
-    return values, unread + ([f"model {data['model_weights']}"] if data.get("model_weights") else [])
+# ------------------------------------------------------------------------------ Fooocus, and InvokeAI before version 3
 
 
-FORMATS = (
-    ("parameters", "A1111 or Forge", _a1111),
-    ("invokeai_metadata", "InvokeAI", _invokeai),
-    ("sd-metadata", "InvokeAI", _invokeai_2),
-    ("prompt", "ComfyUI", comfyui_graph.read),
+def _by_sd_parsers(parser: Parser, key: str) -> Callable[[str], tuple[dict[str, Any], list[str]]]:
+    """A reader of `sd-parsers`.
+
+    It reads A1111, newer InvokeAI and ComfyUI as well, but less: it refuses a second `Negative prompt:`, forgets the
+    model's name where InvokeAI says `name`, and follows no link of a graph to a text or a number.
+    """
+
+    def parse(text: str) -> tuple[dict[str, Any], list[str]]:
+        info = parser.parse({key: text})
+        sampler = info.samplers[0]
+        says = {**info.metadata, **sampler.parameters}
+        values: dict[str, Any] = {
+            "prompt": ", ".join(item.value for item in info.prompts),
+            "negative_prompt": ", ".join(item.value for item in info.negative_prompts),
+        }
+        numbers = {
+            "steps": "steps",
+            "seed": "seed",
+            "guidance_scale": "cfg_scale",
+            "width": "width",
+            "height": "height",
+        }
+        values |= {name: float(says[key]) for name, key in numbers.items() if key in says}
+        if match := re.fullmatch(r"\((\d+), (\d+)\)", str(says.get("resolution"))):
+            values |= {"width": int(match[1]), "height": int(match[2])}
+        unread = [f"sampler {sampler.name}", *([f"model {sampler.model}"] if sampler.model else [])]
+        unread += [
+            f"{word} {says[word]}" for word in ("scheduler", "styles", "sharpness", "refiner_model") if word in says
+        ]
+        unread += [f"LoRA {item[0]}" for item in says.get("loras") or []]
+        return values, unread
+
+    return parse
+
+
+FORMATS = (  # name of the text, how it begins, who wrote it, how it is read
+    ("parameters", "{", "Fooocus", _by_sd_parsers(FooocusParser(), "parameters")),
+    ("parameters", "", "A1111 or Forge", _a1111),
+    ("invokeai_metadata", "", "InvokeAI", _invokeai),
+    ("sd-metadata", "", "InvokeAI", _by_sd_parsers(InvokeAIParser(), "sd-metadata")),
+    ("Dream", "", "InvokeAI", _by_sd_parsers(InvokeAIParser(), "Dream")),
+    ("prompt", "", "ComfyUI", comfyui_graph.read),
 )

@@ -66,8 +66,8 @@ def found_in(content: bytes) -> tuple[Found, str | None]:
     found = other_programs.read(texts)
     if found is None:
         raise ValueError(
-            "This picture holds no settings: drop one of this page, or of A1111, Forge, ComfyUI or InvokeAI. Many "
-            "programs and web sites remove them when they save a picture again."
+            "This picture holds no settings: drop one of this page, or of A1111, Forge, Fooocus, ComfyUI or InvokeAI. "
+            "Many programs and web sites remove them when they save a picture again."
         )
     return found, None
 

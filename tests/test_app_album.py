@@ -57,7 +57,7 @@ def test_a_comparison_is_one_labelled_picture(room, tmp_path):
     noted = Image.open(BytesIO(content))
     assert (noted.width, noted.height) == (plain.width, plain.height + 26)
     left, top = comparison_sheet.MARGIN, comparison_sheet.MARGIN + 36
-    side = comparison_sheet.SIDE
+    side = IMAGE_SIZE * -(-comparison_sheet.SIDE // IMAGE_SIZE)
     for number, picture in enumerate(kept.values()):
         x = left + number * (side + left)
         inside = noted.crop((x, top, x + side, top + side)).resize(picture.image.size, Image.Resampling.NEAREST)

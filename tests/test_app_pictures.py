@@ -1,4 +1,4 @@
-"""Pictures from elsewhere: files made here in the formats of A1111, Forge, ComfyUI and InvokeAI, and what is read."""
+"""Pictures from elsewhere: files made here as A1111, Forge, Fooocus, ComfyUI and InvokeAI do, and what is read."""
 
 import json
 from io import BytesIO
@@ -169,12 +169,39 @@ def test_invokeai():
         "guidance_scale": 7.5, "width": 1024, "height": 1152, "weighting": "compel",
     }  # fmt: skip
     assert found.unread == ("scheduler euler", "model Juggernaut XL v9", "LoRA Ink")
-    old = {"model_weights": "stable-diffusion-1.5", "image": {
-        "prompt": [{"prompt": "a bottle of stars [blurry]", "weight": 1.0}], "steps": 50, "cfg_scale": 7.5,
-        "seed": 5, "width": 512, "height": 512, "sampler": "k_lms"}}  # fmt: skip
-    found, _ = found_in(png(**{"sd-metadata": json.dumps(old)}))
-    assert (found.values["prompt"], found.values["negative_prompt"]) == ("a bottle of stars", "blurry")
-    assert found.unread == ("sampler k_lms", "model stable-diffusion-1.5")
+
+
+def test_invokeai_before_version_3():
+    image = {"prompt": [{"prompt": "a bottle of stars [blurry]", "weight": 1.0}], "steps": 50, "cfg_scale": 7.5,
+             "seed": 5, "width": 512, "height": 640, "sampler": "k_lms"}  # fmt: skip
+    second = png(**{"sd-metadata": json.dumps({"model_weights": "stable-diffusion-1.5", "image": image})})
+    first = png(Dream='"a bottle of stars [blurry]" -s 50 -S 5 -W 512 -H 640 -C 7.5 -A k_lms')
+    for content, unread in ((second, ("sampler k_lms", "model stable-diffusion-1.5")), (first, ("sampler k_lms",))):
+        found, _ = found_in(content)
+        assert (found.program, found.unread) == ("InvokeAI", unread)
+        assert dict(found.values) == {
+            "prompt": "a bottle of stars", "negative_prompt": "blurry", "seed": 5, "steps": 50, "guidance_scale": 7.5,
+            "width": 512, "height": 640, "weighting": "plain",
+        }  # fmt: skip
+
+
+def test_fooocus_in_png_and_jpeg():
+    data = {
+        "prompt": "a (bottle:1.2) of stars", "negative_prompt": "blurry", "styles": "['Fooocus V2']", "steps": 30,
+        "performance": "Speed", "resolution": "(1152, 896)", "guidance_scale": 4, "sharpness": 2, "clip_skip": 2,
+        "base_model": "juggernautXL_v8", "base_model_hash": "aeb7e9e689", "refiner_model": "None", "seed": "1234567",
+        "sampler": "dpmpp_2m_sde_gpu", "scheduler": "karras", "loras": [["offset", 0.1, "4852686128"]],
+        "metadata_scheme": "fooocus", "version": "Fooocus v2.5.5",
+    }  # fmt: skip
+    text = json.dumps(data)
+    for content in (png(parameters=text), exif("JPEG", b"UNICODE\0" + text.encode("utf-16-be"))):
+        found, _ = found_in(content)
+        assert found.program == "Fooocus"
+        assert dict(found.values) == {
+            "prompt": "a (bottle:1.2) of stars", "negative_prompt": "blurry", "seed": 1234567, "steps": 30,
+            "guidance_scale": 4, "width": 1152, "height": 896, "weighting": "a1111",
+        }  # fmt: skip
+        assert {"sampler dpmpp_2m_sde_gpu", "model juggernautXL_v8", "LoRA offset"} <= set(found.unread)
 
 
 def test_what_the_page_cannot_take_is_left_out_and_said():
@@ -203,10 +230,14 @@ LOOP = json.dumps(ksampler() | {"6": {"class_type": "A", "inputs": {"conditionin
         (png(prompt="[" * 100_000), "ComfyUI wrote in this picture cannot be read"),
         (png(prompt="{}"), "ComfyUI wrote in this picture cannot be read"),
         (png(prompt='{"1": 2}'), "ComfyUI wrote in this picture cannot be read"),
+        (png(parameters="{}"), "Fooocus wrote in this picture cannot be read"),
+        (png(parameters='{"a": ' * 50_000), "Fooocus wrote in this picture cannot be read"),
+        (png(**{"sd-metadata": '{"image": 3}'}), "InvokeAI wrote in this picture cannot be read"),
+        (png(Dream='"never ends'), "InvokeAI wrote in this picture cannot be read"),
         (png(invokeai_metadata="[]"), "InvokeAI wrote in this picture cannot be read"),
         (exif("JPEG")[:30], "is not a picture that can be read"),
     ],
-    ids=range(10),
+    ids=range(14),
 )
 def test_a_picture_of_another_program_that_is_hostile_is_one_sentence(content, words):
     with pytest.raises(ValueError) as caught:
