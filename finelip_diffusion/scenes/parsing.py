@@ -69,14 +69,22 @@ class _Context:
 
 
 def _segments(atoms: Sequence[Atom]) -> Iterator[list[Atom]]:
-    segment: list[Atom] = []
+    """Sentences, entries of lists; one that says of "it" how it looks goes with the one before."""
+    segments: list[list[Atom]] = [[]]
     for atom in atoms:
         if atom.kind == "break":
-            yield segment
-            segment = []
+            segments.append([])
         else:
-            segment.append(atom)
-    yield segment
+            segments[-1].append(atom)
+    whole: list[Atom] = []
+    for segment in segments:
+        kinds = {atom.kind for atom in segment}
+        if kinds & {"colour", "size"} and kinds <= {"colour", "size", "word", "one"} and len(segment) < 14:
+            whole += [atom for atom in segment if atom.kind != "one"]
+        else:
+            yield whole
+            whole = segment
+    yield whole
 
 
 def _facts(atoms: list[Atom], context: _Context) -> list[Fact]:
