@@ -73,7 +73,7 @@ def _be(script: Path, flags: list[str], out: Path | None, before: Callable[[], o
     if before is not None:
         before()
     os.chdir(ROOT)
-    of_tests = {str(ROOT / "tests"), str(ROOT / "app")}
-    sys.path[:] = [str(script.parent), *(path for path in sys.path if path not in of_tests)]
+    of_tests = (str(ROOT / "tests"), str(ROOT / "app"))
+    sys.path[:] = [str(script.parent), *(path for path in sys.path if not path.startswith(of_tests))]
     sys.argv = [str(script), *flags]
     runpy.run_path(str(script), run_name="__main__")
