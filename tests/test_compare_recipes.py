@@ -15,7 +15,7 @@ import yaml
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "compare_recipes.py"
 SMALL = {
     "max_train_steps": 1, "train_batch_size": 8, "num_groups": 2, "num_probe_captions": 40, "num_short_prompts": 2,
-    "num_drawn_prompts": 2, "num_inference_steps": 1, "recipes": "kps_infonce", "seeds": 3, "jobs": 2,
+    "num_drawn_prompts": 2, "num_inference_steps": 1, "recipes": "edited", "seeds": 3, "jobs": 2,
 }  # fmt: skip
 
 
@@ -39,24 +39,27 @@ def test_a_run_leaves_small_results_and_is_not_made_again(tmp_path: Path) -> Non
     logs = [file.read_text()[-1500:] for file in (tmp_path / "out").glob("logs/*.txt")]
     assert done.returncode == 0, (done.stderr[-2000:], logs)
     files = sorted((tmp_path / "out" / "results").iterdir())
-    names = ["chunk", "kps_infonce", "segment", "truncate", "untrained"]
+    names = ["chunk", "edited", "segment", "truncate", "untrained"]
     assert [file.stem for file in files] == [f"{name}-3" for name in names]
     assert all(file.stat().st_size < 20_000 for file in files)
     assert not (tmp_path / "out" / "work").exists()
     result = json.loads(files[1].read_text())
     assert len(result["hits"]["whole/global/text_to_image"]) == 16 and len(result["pictures"]) == 2
     text = page.read_text()
-    assert "**Retrieval**: `kps_infonce`" in "\n".join(text.splitlines()[:10])
+    purposes = [line.partition("**: ")[0] for line in text.splitlines()[:8] if line.startswith("- **")]
+    assert purposes == ["- **Retrieval", "- **An encoder to plug in beside a UNet that stays as it is",
+                        "- **An encoder to tune through a UNet"]  # fmt: skip
     assert "{" not in text and "5 of 5 runs are there" in done.stdout
 
     files[1].unlink()
     settings = json.loads(files[0].read_text())
     settings["settings"]["num_inference_steps"] = 7  # made under another budget: made again
     files[0].write_text(json.dumps(settings))
-    done = scripts.run(SCRIPT, *flags(tmp_path / "out", write_only=True), bare=True)
+    given = {name: SMALL[name] for name in ("recipes", "seeds")} | {"output_dir": tmp_path / "out", "write_only": True}
+    done = scripts.run(SCRIPT, *(f"--{name}={value}" for name, value in given.items()))  # the budget is remembered
     assert done.returncode == 0, done.stderr[-2000:]
     assert "3 of 5 runs are there" in done.stdout
-    assert "Missing: chunk seed 3, kps_infonce seed 3." in done.stdout
+    assert "Missing: chunk seed 3, edited seed 3." in done.stdout
 
 
 def test_sweeps_vary_one_recipe(script: ModuleType, tmp_path: Path) -> None:
@@ -120,7 +123,9 @@ def test_figures_are_means_over_seeds_and_intervals_over_what_was_drawn(script: 
     assert not script.paired(results, "one", ["chunk", "one"])
     assert {"no_atrm", "finelip_local"} <= set(script.bases()["finelip"])
     said = script.choices(results)
-    assert said[0].startswith("- **Retrieval**: `one`, R@1 0.750") and "`one`" in said[1] and "chunk: 0.000" in said[1]
+    assert said[0].startswith("- **Retrieval**: `one`, R@1 0.750") and "`one`" in said[1] and "chunk 0.000" in said[1]
+    none = script.choices({"untrained": one, "other": other})[0]
+    assert none.startswith("- **Retrieval**: no recipe, under this budget: the best, `other`, is not above")
 
 
 def test_sweeps_are_plotted_with_their_intervals(script: ModuleType, tmp_path: Path) -> None:

@@ -67,6 +67,11 @@ PRELOADED = [
     "accelerate", "diffusers", "yaml", "finelip_diffusion.objective", "finelip_diffusion.pipeline",
     "finelip_diffusion.data.datasets", "finelip_diffusion.evaluation.retrieval",
 ]  # fmt: skip
+BUDGET = (
+    "max_train_steps", "train_batch_size", "learning_rate", "mixed_precision", "num_groups", "num_probe_captions",
+    "num_short_prompts", "num_drawn_prompts", "num_inference_steps", "guidance_scale",
+)  # fmt: skip
+"""Flags that a result depends on; --write_only takes them from the folder."""
 RETRIEVAL = {  # column -> ranks in the report of a run
     "R@1": "whole/{score}/text_to_image",
     "within group": "whole/{score}/text_to_image/group",
@@ -192,11 +197,8 @@ def fingerprint(*sources: str) -> str:
 
 def settings_of(args: Arguments, content: dict[str, Any] | None, weights: str) -> dict[str, Any]:
     """What a result depends on; one that was made otherwise is made again."""
-    names = ("max_train_steps", "train_batch_size", "learning_rate", "mixed_precision", "num_groups",
-             "num_probe_captions", "num_short_prompts", "num_drawn_prompts", "num_inference_steps",
-             "guidance_scale")  # fmt: skip
     own = {key: value for key, value in (content or {}).items() if key != "description"}
-    return {"recipe": own, "weights": weights} | {name: getattr(args, name) for name in names}
+    return {"recipe": own, "weights": weights} | {name: getattr(args, name) for name in BUDGET}
 
 
 def result_file(args: Arguments, name: str, seed: int) -> Path:
@@ -623,30 +625,42 @@ def mean_of(key: str) -> Callable[[list[Result]], float | None]:
     return figure
 
 
+def chosen(purpose: str, name: str, figure: str, gain: dict[str, Any] | None) -> str:
+    """A line that recommends a recipe, or says that none was better than stretching alone."""
+    low = (gain or {}).get("low") or 0
+    if low > 0:
+        return f"- **{purpose}**: `{name}`, {figure}."
+    return (
+        f"- **{purpose}**: no recipe, under this budget: the best, `{name}`, is not above stretching alone, {figure}."
+    )
+
+
 def choices(results: Results) -> list[str]:
     """Which recipe to take for what, with the figures behind it."""
-    lines = []
-    if found := best(results, lambda own: interval(pooled(own, "whole/global/text_to_image"))["value"]):
-        name, own = found
-        figure = shown(interval(pooled(own, "whole/global/text_to_image")))
-        base = shown(interval(pooled(results[UNTRAINED], "whole/global/text_to_image")))
-        lines.append(f"- **Retrieval**: `{name}`, R@1 {figure} by the global cosine (untrained: {base}).")
+    lines, stock = [], results[UNTRAINED]
+    name = "whole/global/text_to_image"
+    if found := best(results, lambda own: interval(pooled(own, name))["value"]):
+        recipe, own = found
+        ours, theirs = (shown(interval(pooled(each, name))) for each in (own, stock))
+        figure = f"R@1 {ours} by the global cosine (untrained {theirs})"
+        lines.append(chosen("Retrieval", recipe, figure, difference(own, stock, name)))
     if found := best(results, mean_of("pictures")):
-        name, own = found
-        others = ", ".join(f"{other}: {both(results[other], 'pictures')}" for other in (UNTRAINED, *STOCK)
+        recipe, own = found
+        others = ", ".join(f"{other} {both(results[other], 'pictures')}" for other in (UNTRAINED, *STOCK)
                            if results.get(other))  # fmt: skip
-        lines.append(f"- **An encoder to plug in** beside a UNet that stays as it is: `{name}`, "
-                     f"{both(own, 'pictures')} of the facts before | after token 77 ({others}).")  # fmt: skip
+        figure = f"{both(own, 'pictures')} of the facts before | after token 77 drawn ({others})"
+        gain = difference(own, stock, "pictures")
+        lines.append(chosen("An encoder to plug in beside a UNet that stays as it is", recipe, figure, gain))
+    purpose = "An encoder to tune through a UNet"
     if found := best(results, mean_of("tuned")):
-        name, own = found
-        base = both(results[UNTRAINED], "tuned")
-        lines.append(f"- **An encoder to tune through a UNet**: `{name}`, {both(own, 'tuned')} after "
-                     f"{own[0]['tune_steps']} updates (untrained: {base}).")  # fmt: skip
+        recipe, own = found
+        figure = f"{both(own, 'tuned')} after {own[0]['tune_steps']} updates (untrained {both(stock, 'tuned')})"
+        lines.append(chosen(purpose, recipe, figure, difference(own, stock, "tuned")))
     elif found := best(results, lambda own: float(np.mean([list(one["probes"].values()) for one in own]))):
-        name, own = found
-        probes = over_seeds([float(np.mean(list(one["probes"].values()))) for one in own])
-        lines.append(f"- **An encoder to tune through a UNet**: by its token states, `{name}`, of which a linear "
-                     f"probe reads most ({probes}). Tuning was not part of this run (`--tune_steps`).")  # fmt: skip
+        recipe, own = found
+        probes = [over_seeds([float(np.mean(list(one["probes"].values()))) for one in each]) for each in (own, stock)]
+        lines.append(f"- **{purpose}**: by its token states, `{recipe}`, of which a linear probe reads {probes[0]} "
+                     f"(untrained {probes[1]}). Tuning was not part of this run (`--tune_steps`).")  # fmt: skip
     return lines
 
 
@@ -656,7 +670,12 @@ def page(results: Results, sweeps: Sequence[Sweep], missing: list[str], args: Ar
     seeds = sorted({one["seed"] for own in results.values() for one in own})
     tuned = [f"`{name}`" for name, own in results.items() if own[0].get("tuned")]
     steps = max(own[0].get("tune_steps", 0) for own in results.values())
+    defaults = Arguments()
+    flags = [
+        f"--{name} {ran['settings'][name]}" for name in BUDGET if ran["settings"][name] != getattr(defaults, name)
+    ]
     values = ran["settings"] | {
+        "flags": " ".join(["", *flags]),
         "tuned": f"{steps} updates, of {', '.join(tuned)}" if tuned else "nothing in this run (`--tune_steps`)",
         "seeds": ", ".join(map(str, seeds)),
         "queries": len(ran["hits"]["whole/global/text_to_image"]),
@@ -677,6 +696,12 @@ def page(results: Results, sweeps: Sequence[Sweep], missing: list[str], args: Ar
 
 
 def main(args: Arguments) -> None:
+    budget = args.output_dir / "budget.json"
+    if args.write_only and budget.is_file():
+        for name, value in json.loads(budget.read_text()).items():
+            setattr(args, name, value)
+        if not args.sweeps and any(args.output_dir.glob("results/*=*.json")):
+            args.sweeps = ["all"]
     recipes, sweeps = wanted_recipes(args)
     contents: dict[str, dict[str, Any] | None] = dict.fromkeys((*STOCK, UNTRAINED)) | recipes
     swept = {name: content for sweep in sweeps for name, content in sweep.variants.values()}
@@ -690,6 +715,8 @@ def main(args: Arguments) -> None:
     ]
     for folder in ("results", "work", "logs"):
         (args.output_dir / folder).mkdir(parents=True, exist_ok=True)
+    with writing(budget) as part:
+        part.write_text(json.dumps({name: getattr(args, name) for name in BUDGET}, indent=1))
 
     def missing() -> list[tuple[Any, ...]]:
         return [task for task in tasks if read_result(args, task[0], task[2], task[3]) is None]
