@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
+from test_single_file import Base, same_weights
 from tiny_models import pixels, tiny_text_encoder
 from torch import Tensor
 
@@ -68,6 +69,20 @@ def batch_of(parts: Parts, size: int = 3, length: int = 90) -> dict[str, Tensor]
             ids[:, -1] = end
             batch[f"{name}{ending}"] = ids
     return batch
+
+
+@pytest.mark.parametrize("kind", ["1.x", "xl"])
+def test_a_model_in_one_file_is_the_same_in_parts(kind: str, tmp_path: Path) -> None:
+    base = Base(kind, tmp_path)
+    options = {"config": str(base.folder)}
+    found, expected = load_parts(base.file, STRETCHED, **options), load_parts(base.folder, STRETCHED)
+    assert found.is_xl == expected.is_xl == (kind == "xl") and found.places.keys() == expected.places.keys()
+    for name, place in expected.places.items():
+        assert place.encoder.config.max_position_embeddings == 248
+        assert same_weights(place.encoder, found.places[name].encoder)
+        assert same_weights(place.stock, found.places[name].stock)
+    assert same_weights(expected.unet, found.unet) and same_weights(expected.vae, found.vae)
+    assert found.side == 16 and found.scheduler.config.prediction_type == "epsilon"
 
 
 # --------------------------------------------------------------------------------------------------------------- terms

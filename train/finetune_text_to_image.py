@@ -109,6 +109,10 @@ class Arguments(RunFlags):
         metadata={"help": "The Stable Diffusion: folder, hub id or one file. The default is the bundled model."},
     )
     revision: str | None = field(default=None, metadata={"help": "The branch, tag or commit of a hub id."})
+    config: str | None = field(
+        default=None,
+        metadata={"help": "A folder or hub id whose configurations one file is read with. The default is the hub's."},
+    )
     finelip: str | None = field(
         default=None,
         metadata={
@@ -651,7 +655,8 @@ def save_result(args: Arguments, parts: Parts, retrieval: Retrieval | None, curv
 def main(args: Arguments) -> None:
     logging.basicConfig(level=logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    options = {} if args.revision is None else {"revision": args.revision}
+    given = {"revision": args.revision, "config": args.config}
+    options = {name: value for name, value in given.items() if value is not None}
     set_seed(args.seed)
     parts = load_parts(args.pretrained_model_name_or_path, args.finelip, **options)
     args = replace(args, resolution=args.resolution or parts.side)
