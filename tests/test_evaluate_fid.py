@@ -79,7 +79,8 @@ def test_the_report_has_every_figure_with_its_interval_and_its_difference(straig
     own = found["conditions"]["base/finelip"]["figures"]
     assert own.keys() == {
         "effnet_fd", "effnet_kid", "effnet_fd/reconstructed", "effnet_kid/reconstructed",
-        "found_before", "found_behind", "uncalled", "background", "clip_score/clip",
+        "found_before", "found_behind", "uncalled", "background", "clip_score/clip", "den_score/clip",
+        "den_score_debiased/clip",
         "listening_before/clip", "listening_behind/clip", "short_found", "short_background", "short_clip_score/clip",
         "change", "change_inside", "state_drift", "prediction_drift",
     }  # fmt: skip

@@ -167,7 +167,9 @@ def test_answers_of_tiif_and_geneval2_are_words_that_a_judge_knows(tmp_path: Pat
     tiif = read_set("tiif", tmp_path / "testmini_prompts")
     assert [question.answer for question in tiif[0].questions] == ["yes", "no"]
     assert [item.category for item in tiif] == ["action+3d", "negation", "negation"]
-    assert [question.answer for question in read_set("geneval2", tmp_path)[0].questions] == ["two", "yes", "yes"]
+    questions = read_set("geneval2", tmp_path)[0].questions
+    assert [question.answer for question in questions] == ["two", "yes", "yes"]
+    assert questions[1].asked == "Are the toys green? Answer in one word."
 
 
 def test_images_of_dpg_are_one_grid_and_back(tmp_path: Path):

@@ -12,8 +12,8 @@ from vision_model import ANSWERS, save_vision_model
 
 from finelip_diffusion.evaluation.judging import Kept, ask, by_category, sheet_of, texts_of, verdicts
 from finelip_diffusion.evaluation.preferences import load_preference
-from finelip_diffusion.evaluation.questions import Answer, Question
-from finelip_diffusion.evaluation.vision import ONE_WORD, SHOWS, YES_OR_NO, VisionJudge, load_vision_judge, whole
+from finelip_diffusion.evaluation.questions import ONE_WORD, Answer, Question
+from finelip_diffusion.evaluation.vision import SHOWS, YES_OR_NO, VisionJudge, load_vision_judge, whole
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import render, sample_scene
 

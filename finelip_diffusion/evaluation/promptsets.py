@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..data.sources import IMAGE_SUFFIXES, Unusable, open_image
 from ..files import writing
-from .questions import NUMBERS, TIIF_GROUPS, Question
+from .questions import NUMBERS, ONE_WORD, TIIF_GROUPS, Question
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +255,10 @@ def read_geneval2(source: Path) -> list[Item]:
         pairs = zip(row["vqa_list"], row["skills"], strict=True)
         questions = tuple(
             Question(
-                text, _known(answer, NUMBERS if text.startswith("How many") else ("yes", "no"), file), category=skill
+                text,
+                _known(answer, NUMBERS if text.startswith("How many") else ("yes", "no"), file),
+                category=skill,
+                asked=ONE_WORD.format(text),
             )
             for (text, answer), skill in pairs
         )

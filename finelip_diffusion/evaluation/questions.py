@@ -16,6 +16,8 @@ from .adherence import sentences_of
 from .intervals import RESAMPLES
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+ONE_WORD = "{} Answer in one word."
+"""How GenEval 2 puts its questions (its `evaluation.py`), and how counts are asked for in general."""
 _EMPTY_WORDS = frozenset(
     ["a", "an", "and", "any", "are", "as", "at", "be", "by", "do", "does", "for", "from", "has", "have", "how",
      "image", "in", "is", "it", "its", "many", "of", "on", "or", "picture", "that", "the", "there", "this", "to",

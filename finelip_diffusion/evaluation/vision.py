@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 
 from .images import fingerprint_of
-from .questions import NUMBERS, Answer, Question
+from .questions import NUMBERS, ONE_WORD, Answer, Question
 
 YES_OR_NO = "{} Answer yes or no."
-ONE_WORD = "{} Answer in one word."  # GenEval 2's evaluation.py
 SHOWS = 'Does this figure show "{}"? Please answer Yes or No.'  # VQAScore for Qwen-VL: t2v_metrics' default
-"""How a question is put, a count, and a prompt as a whole (VQAScore, arXiv 2404.01291)."""
+"""How a question is put, and a prompt as a whole (VQAScore, arXiv 2404.01291)."""
 
 
 def whole(text: str) -> Question:
