@@ -127,7 +127,7 @@ def convert(args: argparse.Namespace) -> None:
     """
     import torch
 
-    from .text_encoder import load_text_encoder, save_checkpoint, save_text_encoder
+    from .text_encoder import interpolate, load_text_encoder, save_checkpoint, save_text_encoder
 
     if args.projection is None and args.layout == "openai":
         args.projection = True  # that layout always has one
@@ -142,6 +142,10 @@ def convert(args: argparse.Namespace) -> None:
         projection=args.projection,
         dtype=args.dtype and getattr(torch, args.dtype),
     )
+    if args.interpolate is not None:
+        length, projection = text_encoder.config.max_position_embeddings, hasattr(text_encoder, "text_projection")
+        stock, _ = load_text_encoder(args.interpolate, max_length=length, keep=args.keep, projection=projection)
+        interpolate(stock, text_encoder, args.share)
     if args.layout in ("diffusers", "onetrainer"):
         place = args.subfolder if args.subfolder == "text_encoder_2" else "text_encoder"
         save_text_encoder(text_encoder, tokenizer, args.out, subfolder=place, overwrite=args.overwrite)
@@ -321,6 +325,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--pad-token", metavar="TOKEN", help="'eos', or a token such as '!' (default: the source's)")
     command.add_argument("--projection", action=argparse.BooleanOptionalAction, help="keep the text projection")
     command.add_argument("--dtype", choices=DTYPES, help="(default: the source's)")
+    command.add_argument(
+        "--interpolate",
+        metavar="STOCK",
+        help="the encoder from which SOURCE was trained: weights between both (WiSE-FT)",
+    )
+    command.add_argument("--share", type=float, default=0.5, help="of SOURCE in these weights, 0 to 1 (default: 0.5)")
     command.add_argument("--overwrite", action="store_true", help="replace what exists already")
     command.set_defaults(run=convert)
 

@@ -59,7 +59,8 @@ class Recipe:
         refined_text_share: the same of the caption, for a patch, too; none is as many as of the image.
         adaptive_share: refined tokens that count, for a token that the refinement looks at; none counts all.
         global_tokens: whether CLS and end token stand beside the refined tokens in the token score.
-        parameters: `full`, or `lora` (rank `lora_rank`; positions and heads are trained in full).
+        parameters: `full`, or `lora` (rank `lora_rank`), or `svd` (the singular values of every layer); with both,
+            positions and heads are trained in full.
         lora_rank: of the adapters.
         image_tower: `trained` or `frozen`.
         learning_rate: of the towers.
@@ -92,7 +93,7 @@ class Recipe:
     refined_text_share: float | None = None
     adaptive_share: float | None = None
     global_tokens: bool = True
-    parameters: Literal["full", "lora"] = "full"
+    parameters: Literal["full", "lora", "svd"] = "full"
     lora_rank: int = 16
     image_tower: Literal["trained", "frozen"] = "trained"
     learning_rate: float = 1e-6
@@ -142,7 +143,7 @@ _CHOICES = {
     "position": ("kps", "rotary"),
     "captions": get_args(CaptionKind),
     "edit_place": get_args(EditPlace),
-    "parameters": ("full", "lora"),
+    "parameters": ("full", "lora", "svd"),
     "image_tower": ("trained", "frozen"),
 }
 

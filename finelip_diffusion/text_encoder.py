@@ -177,6 +177,39 @@ def save_text_encoder(
     return folder
 
 
+@torch.no_grad()
+def interpolate(stock: TextEncoder, trained: TextEncoder, share: float) -> TextEncoder:
+    """Weights between those of two encoders (WiSE-FT, Wortsman et al., arXiv 2109.01903).
+
+        (1 - share) * stock + share * trained
+
+    Args:
+        stock: The encoder from which the training started, as long as the trained one.
+        trained: Its weights are replaced.
+        share: 0 to 1.
+
+    Returns:
+        `trained`.
+
+    Raises:
+        ValueError: If the share lies outside, or the encoders are not of one shape. One sentence.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share:g}, but a share of the trained encoder lies in 0..1.")
+    ours = {name.removeprefix("text_model."): weight for name, weight in trained.state_dict().items()}
+    theirs = canonical_weights(stock)
+    differing = [name for name in ours.keys() | theirs.keys()
+                 if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape]  # fmt: skip
+    if differing:
+        raise ValueError(
+            f"weights of {listed(sorted(differing))} differ in shape or are missing in one encoder: give the encoder "
+            "from which the training started."
+        )
+    for name, weight in ours.items():  # tensors of `trained`, not copies
+        weight.copy_(torch.lerp(theirs[name].double(), weight.double(), share))
+    return trained
+
+
 def save_checkpoint(
     text_encoder: TextEncoder,
     tokenizer: CLIPTokenizer,

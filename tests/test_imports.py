@@ -75,6 +75,7 @@ LINES = {
         "losses.preservation",
         "losses",
         "recipes",
+        "singular_values",
         "gathering",
         "sharding",
         "finelip_layout",

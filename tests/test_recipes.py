@@ -193,7 +193,7 @@ def assert_one_sentence(sentence: str, function: Any, *args: Any) -> None:
         ({"position": "alibi"}, "position is 'alibi', not one of kps"),
         ({"captions": "short"}, "captions is 'short', not one of full, first_sentence, debias, sub_captions, mer"),
         ({"captions": None}, "captions is None, not one of full"),
-        ({"parameters": "half"}, "parameters is 'half', not one of full, lora"),
+        ({"parameters": "half"}, "parameters is 'half', not one of full, lora, svd"),
         ({"image_tower": "locked"}, "image_tower is 'locked', not one of trained, frozen"),
         ({"refine": ["image", "video"]}, "refine holds 'video', not image or text"),
         ({"coarse": "pca_image"}, "pca_image compares short_embeds, .* choose captions: first_sentence or debias"),

@@ -61,6 +61,7 @@ from finelip_diffusion.runs import (
     write_card,
 )
 from finelip_diffusion.sharding import Sharded, ShardedState, clip_norm
+from finelip_diffusion.singular_values import VALUES, multiplied_out, train_singular_values
 from finelip_diffusion.text_encoder import MAX_LENGTH, save_text_encoder
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -159,8 +160,8 @@ def build_step(args: Arguments, recipe: Recipe, accelerator: Accelerator) -> tup
         model.clip.visual_projection.requires_grad_(False)
     if args.freeze_token_embedding:
         model.clip.text_model.get_input_embeddings().requires_grad_(False)
-    if recipe.parameters == "lora":
-        add_lora(model, recipe.lora_rank)
+    if recipe.parameters != "full":
+        adapt(model, recipe)
     objective = Objective(recipe, model.config.clip_config.projection_dim, model.config.num_refined_tokens)
     teacher = None
     if objective.needs_teacher:
@@ -169,8 +170,9 @@ def build_step(args: Arguments, recipe: Recipe, accelerator: Accelerator) -> tup
     return TrainingStep(model.train(), objective, teacher, gather_with_gradients), tokenizer, image_processor
 
 
-def add_lora(model: FineLIPModel, rank: int) -> None:
-    """Low-rank adapters in every layer of the trained towers; all else but positions and scale is frozen."""
+def adapt(model: FineLIPModel, recipe: Recipe) -> None:
+    """Low-rank adapters, or singular values, in every layer of the trained towers; all else but positions and scale is
+    frozen."""
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -181,15 +183,19 @@ def add_lora(model: FineLIPModel, rank: int) -> None:
         if name.split(".")[-1] in layers and id(module.weight) not in frozen
     ]
     model.clip.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), model.clip)
+    if recipe.parameters == "svd":
+        train_singular_values(model.clip.get_submodule(name) for name in targets)
+    else:
+        rank = recipe.lora_rank
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), model.clip)
     if positions := getattr(model.clip.text_model.embeddings, "position_embedding", None):
         positions.weight.requires_grad_(True)
     model.clip.logit_scale.requires_grad_(True)
 
 
 def whole_model(state: dict[str, Tensor], config: FineLIPConfig) -> FineLIPModel:
-    """The model of a training step's state, the product of adapters added to the weights that they adapt."""
-    weights = {}
+    """The model of a training step's state, in plain weights: adapters are added, singular values multiplied out."""
+    state, weights = multiplied_out(state), {}
     for name, tensor in state.items():
         if name.startswith("model.") and ".lora_" not in name:
             stem = name.removesuffix(".base_layer.weight")
@@ -202,7 +208,8 @@ def whole_model(state: dict[str, Tensor], config: FineLIPConfig) -> FineLIPModel
 
 
 def parameter_groups(step: TrainingStep, recipe: Recipe, factor: float) -> list[dict[str, Any]]:
-    """What is trained, by rate and decay; the position table is not decayed, or its kept rows would shrink."""
+    """What is trained, by rate and decay; the position table is not decayed, or its kept rows would shrink, and
+    singular values are not, or layers would."""
     groups: dict[str, dict[str, Any]] = {
         "towers": {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay},
         "positions and scale": {"lr": recipe.learning_rate, "weight_decay": 0.0},
@@ -212,7 +219,7 @@ def parameter_groups(step: TrainingStep, recipe: Recipe, factor: float) -> list[
         group |= {"name": name, "params": [], "lr": group["lr"] * factor}
     for name, parameter in step.named_parameters():
         if parameter.requires_grad:
-            kept = name.endswith(("text_model.embeddings.position_embedding.weight", "logit_scale"))
+            kept = name.endswith(("text_model.embeddings.position_embedding.weight", "logit_scale", VALUES))
             key = "positions and scale" if kept else "towers" if name.startswith("model.clip.") else "heads"
             groups[key]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
