@@ -15,6 +15,7 @@ import argparse
 import random
 import statistics
 import time
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -81,9 +82,10 @@ def grouped_and_whole(pipe: FineLIPStableDiffusionPipeline, lengths: list[int], 
     for how in ("groups", "whole"):
         generator = torch.Generator().manual_seed(0)
         start = time.process_time()
-        given = {"prompt": prompts} if how == "groups" else dict(pipe.encode(prompts, long_prompt="chunk"))
-        how_read = {"long_prompt": "chunk"} if how == "groups" else {}
-        pipe(**given, **how_read, num_inference_steps=steps, generator=generator, output_type="np")
+        given: dict[str, Any] = {"prompt": prompts, "long_prompt": "chunk"}
+        if how == "whole":
+            given = dict(pipe.encode(prompts, long_prompt="chunk"))
+        pipe(**given, num_inference_steps=steps, generator=generator, output_type="np")
         took.append(time.process_time() - start)
     return took[0], took[1]
 

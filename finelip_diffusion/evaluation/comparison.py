@@ -353,12 +353,12 @@ def distances(
         subsets = {key: np.array(value.pop("subsets")) for key, value in kid.items()}
         own_name = "inception_kid" if name == "fid" else f"{name.removesuffix('_fd')}_kid"
         for key, value in kid.items():
-            paired = None
+            less = None
             if baseline not in (None, key):
                 difference = subsets[key] - subsets[baseline]
                 low, high = np.quantile(difference, (0.025, 0.975))
-                paired = {"value": float(difference.mean()), "low": float(low), "high": float(high)}
-            found[key][own_name] = value | {"difference": paired}
+                less = {"value": float(difference.mean()), "low": float(low), "high": float(high)}
+            found[key][own_name] = value | {"difference": less}
     return found
 
 
