@@ -1,6 +1,7 @@
 """Rotary positions against a literal rotation and transformers' helpers; trained, saved, plugged in, lengthened."""
 
 import math
+import runpy
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -256,3 +257,21 @@ def test_a_trained_table_is_not_taken_out(tmp_path: Path) -> None:
     load_clip(BUNDLED_MODEL / "clip")[1].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has a trained position table: rotary positions start from a CLIP"):
         load_clip(tmp_path, position="rotary")
+
+
+def test_texts_beyond_the_window_are_measured_in_one_window_and_in_several(trained: Path) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "text_length.py"))
+    args = script["Arguments"](model=str(trained / "rotary" / "finelip_model"), tokens=[260], texts=2)
+    rows = script["measure"](args, 260)
+    assert [row[0] for row in rows] == [
+        f"260 tokens, {script[name]}" for name in ("FIRST", "WINDOWS", "ONE", "ANGLES")
+    ]
+    ids, tokenizer = list(range(320, 320 + 258)), load_clip(args.model)[1]
+    changed = [*ids[:-1], 5]
+    with torch.no_grad():
+        told = {}
+        for reading, model, length in script["readings"](args, 260):
+            one, other = (script["read_as"](reading, model, each, tokenizer, length) for each in (ids, changed))
+            told[reading] = one
+            assert torch.equal(one, other) == (reading == script["FIRST"])  # which ends before the change
+    assert not torch.allclose(told[script["ONE"]], told[script["ANGLES"]])

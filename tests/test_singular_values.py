@@ -10,7 +10,6 @@ from torch import nn
 
 from finelip_diffusion.singular_values import VALUES, multiplied_out, train_singular_values
 
-
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "finetune_encoder.py"
 
 
