@@ -159,6 +159,20 @@ def test_gradients_reach_the_encoder_alone(parts: Parts) -> None:
     assert len(got) == len(step.trained) == len(list(parts.places["text_encoder"].encoder.parameters()))
 
 
+def test_recomputed_activations_give_the_same_gradients(parts: Parts) -> None:
+    encoder = parts.places["text_encoder"].encoder.requires_grad_(True).train()
+    step, gradients = TuningStep(parts, {"denoising": 1.0, "kept_states": 1.0, "kept_predictions": 1.0}), []
+    for recomputed in (False, True):
+        if recomputed:
+            parts.unet.enable_gradient_checkpointing()
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.stack(list(step(batch_of(parts)).values())).sum().backward()
+        gradients.append([weight.grad.clone() for weight in step.trained.values() if weight.grad is not None])
+        step.zero_grad()
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 def test_sdxl_reads_what_diffusers_reads(parts_xl: Parts) -> None:
     """States and pooled output against diffusers' own `encode_prompt`; both are kept."""
     batch = batch_of(parts_xl)
