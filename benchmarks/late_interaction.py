@@ -36,7 +36,7 @@ GRADIENT_BARS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 class Arguments:
     """The defaults are pairs of ViT-L/14 with refined tokens."""
 
-    batch_size: int | None = field(default=None, metadata={"help": "Images, and captions; 128, or 512 on a GPU."})
+    batch_size: int = field(default=0, metadata={"help": "Images, and captions; 0 is 128, or 512 on a GPU."})
     image_tokens: int = field(default=52, metadata={"help": "Tokens of an image."})
     text_tokens: int = field(default=52, metadata={"help": "Tokens of a caption."})
     width: int = field(default=768, metadata={"help": "Width of a token."})
@@ -67,7 +67,10 @@ def einsum(image_tokens: Tensor, text_tokens: Tensor) -> Tensor:
 
 def plain(image_tokens: Tensor, text_tokens: Tensor) -> Tensor:
     """`late_interaction` without Triton."""
-    return sum(max_similarity(image_tokens, text_tokens, negative_slope=NEGATIVE_SLOPE, fused=False))
+    text_to_image, image_to_text = max_similarity(
+        image_tokens, text_tokens, negative_slope=NEGATIVE_SLOPE, fused=False
+    )
+    return text_to_image + image_to_text
 
 
 def forward_backward(

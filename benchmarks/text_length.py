@@ -111,7 +111,8 @@ def measure(args: Arguments, tokens: int) -> list[list[str]]:
     """Rows of the table for texts of some length."""
     base, tokenizer, processor = load_clip(args.model)
     base.to(args.device)
-    texts, right, wrong = [], [], {}
+    texts, right = [], []
+    wrong: dict[tuple[str, str], list[Tensor]] = {}
     for number in range(args.texts):
         first = (args.seed * args.texts + number) * PICTURES
         scenes = [scene_of(seed) for seed in range(first, first + PICTURES)]

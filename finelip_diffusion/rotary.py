@@ -164,4 +164,5 @@ class RotaryTextModel(CLIPTextModel):
 
     def __init__(self, config: RotaryTextConfig):
         super().__init__(config)
-        make_rotary(getattr(self, "text_model", self), config)
+        tower: Any = getattr(self, "text_model", self)
+        make_rotary(tower, config)

@@ -1,6 +1,7 @@
 """Layers that are trained by their singular values alone (CLIP-SVD, arXiv 2509.03740, section 3.2)."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ VALUES = ".parametrizations.weight.original"
 
 class SingularValues(nn.Module):
     """A matrix by its singular values (R,); its singular vectors are constants."""
+
+    left: Tensor
+    right: Tensor
 
     def __init__(self, left: Tensor, right: Tensor):
         """Args: the vectors, (O, R) and (R, I)."""
@@ -38,7 +42,8 @@ def train_singular_values(layers: Iterable[nn.Linear]) -> None:
         left, values, right = torch.linalg.svd(layer.weight, full_matrices=False)
         layer.requires_grad_(False)
         parametrize.register_parametrization(layer, "weight", SingularValues(left, right))
-        layer.parametrizations.weight.original = nn.Parameter(values)
+        parametrizations: Any = layer.parametrizations
+        parametrizations.weight.original = nn.Parameter(values)
 
 
 def multiplied_out(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

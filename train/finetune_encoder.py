@@ -402,7 +402,7 @@ def main(args: Arguments) -> None:
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     dataset, examples = open_data(args, recipe)
     collator = Collator(tokenizer, image_processor, recipe.captions, recipe.num_sub_captions,
-                        recipe.longest_sub_caption, recipe.prompts, args.max_length,
+                        recipe.longest_sub_caption, recipe.prompts, recipe.max_length or MAX_LENGTH,
                         recipe.num_edits, recipe.edit_place, keyed=args.cache_dir is not None)  # fmt: skip
     step.stores = open_stores(step, args, accelerator)
     size = None if isinstance(dataset, IterableDataset) else len(dataset)

@@ -25,14 +25,14 @@ def fingerprint(weights: Mapping[str, Tensor], *parts: str) -> str:
         digest.update(part.encode())
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def content_key(tensor: Tensor) -> int:
     """A number of 63 bits that stands for the content of a tensor on the CPU, its shape included."""
     digest = hashlib.blake2b(str(tuple(tensor.shape)).encode(), digest_size=8)
-    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
