@@ -32,6 +32,7 @@ from finelip_diffusion.model import FineLIPModel
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import Object, Scene, describe, render, sample_scene
 from finelip_diffusion.teaching import Prompts, TrajectoryDataset, make_teacher, write_trajectories
+from finelip_diffusion.text_encoder import text_layers
 from finelip_diffusion.tuning import STRETCHED, Parts, TuningStep, encode, load_parts, share_tower
 from finelip_diffusion.validation import Curve, counts_of, draw, prompts_of, recall
 
@@ -162,14 +163,21 @@ def test_gradients_reach_the_encoder_alone(parts: Parts) -> None:
 def test_recomputed_activations_give_the_same_gradients(parts: Parts) -> None:
     encoder = parts.places["text_encoder"].encoder.requires_grad_(True).train()
     step, gradients = TuningStep(parts, {"denoising": 1.0, "kept_states": 1.0, "kept_predictions": 1.0}), []
+    layers = [text_layers(encoder)[0].mlp, parts.unet.down_blocks[1].resnets[0]]
+    calls: list[int] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, *_: calls.append(layers.index(module)))
     for recomputed in (False, True):
+        calls.append(-1)
         if recomputed:
             parts.unet.enable_gradient_checkpointing()
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         torch.stack(list(step(batch_of(parts)).values())).sum().backward()
         gradients.append([weight.grad.clone() for weight in step.trained.values() if weight.grad is not None])
         step.zero_grad()
+    once, twice = " ".join(map(str, calls)).split("-1")[1:]
     assert len(gradients[0]) == len(gradients[1]) > 0
+    assert all(twice.count(layer) > once.count(layer) for layer in "01")
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
