@@ -163,10 +163,10 @@ def test_gradients_reach_the_encoder_alone(parts: Parts) -> None:
 def test_recomputed_activations_give_the_same_gradients(parts: Parts) -> None:
     encoder = parts.places["text_encoder"].encoder.requires_grad_(True).train()
     step, gradients = TuningStep(parts, {"denoising": 1.0, "kept_states": 1.0, "kept_predictions": 1.0}), []
-    layers = [text_layers(encoder)[0].mlp, parts.unet.down_blocks[1].resnets[0]]
+    layers = [text_layers(encoder)[0].mlp, parts.unet.up_blocks[1].resnets[0]]
     calls: list[int] = []
     for layer in layers:
-        layer.register_forward_hook(lambda module, *_: calls.append(layers.index(module)))
+        layer.register_forward_pre_hook(lambda module, *_: calls.append(layers.index(module)))
     for recomputed in (False, True):
         calls.append(-1)
         if recomputed:
