@@ -155,6 +155,18 @@ def test_questions_hang_on_each_other_as_their_ids_say(tmp_path: Path):
     assert items[0].text == "A red fox under an oak."
 
 
+def test_words_among_the_ids_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """As in nine lines of DSG-1k; an id that is not there is counted in a warning."""
+    write_dsg(tmp_path)
+    file = tmp_path / "dsg-1k-anns.csv"
+    file.write_text(file.read_text().replace('"1,2"', '"1, right"'))
+    assert [question.parents for question in read_set("dsg", tmp_path)[0].questions] == [(), (0,), (0,)]
+    assert not caplog.records
+    file.write_text(file.read_text().replace('"1, right"', '"1,7"'))
+    assert [question.parents for question in read_set("dsg", tmp_path)[0].questions] == [(), (0,), (0,)]
+    assert "1 questions hang on one that is not there" in caplog.text
+
+
 def test_the_script_of_dpg_loses_its_first_prompt(tmp_path: Path):
     """It skips the first line of the CSV; what hangs on it then fails, and the prompt is left out."""
     write_dpg(tmp_path)
