@@ -103,7 +103,7 @@ class Arguments:
     base: str = field(
         default=str(BUNDLED_MODEL), metadata={"help": "The Stable Diffusion whose frozen UNet draws scenes."}
     )
-    max_train_steps: int = field(default=32, metadata={"help": "The updates of a run."})
+    max_train_steps: int = field(default=24, metadata={"help": "The updates of a run."})
     train_batch_size: int = field(default=40, metadata={"help": "The pairs, in groups of eight near-duplicates."})
     learning_rate: float = field(default=1e-4, metadata={"help": "The rate of all parameters of all recipes."})
     mixed_precision: str = field(default="bf16", metadata={"help": "The precision of training: no or bf16."})
