@@ -107,7 +107,7 @@ def test_where_a_prompt_tells_what_is_asked(tokenizer: CLIPTokenizer):
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
 
     def at(question: Question) -> str:
-        place = told_at(question, prompt, tokenizer)
+        (place,) = told_at([question], prompt, tokenizer)
         assert place is not None
         return tokenizer.decode([ids[place - 1]]).strip()  # the start token is 0
 
@@ -115,7 +115,8 @@ def test_where_a_prompt_tells_what_is_asked(tokenizer: CLIPTokenizer):
     assert at(Question("Are there two foxes?", words="red fox, ==2")) == "foxes"
     assert at(Question("Is the oak tall?")) == "oak"
     assert at(Question("Whatever?", end=prompt.index(" stands"))) == "oak"
-    assert told_at(Question("Is there a zebra?"), prompt, tokenizer) is None
+    assert told_at([Question("Is there a zebra?")], prompt, tokenizer) == [None]
+    assert told_at([Question("Is there a cat?")], "", tokenizer) == [None]
 
 
 def test_what_is_asked_of_scenes_is_true_of_their_pictures():

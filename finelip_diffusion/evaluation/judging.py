@@ -50,7 +50,7 @@ def sheet_of(prompt: str, questions: Sequence[Question], tokenizer: PreTrainedTo
     return Sheet(
         prompt,
         tuple(questions),
-        tuple(told_at(question, prompt, tokenizer) for question in questions),
+        tuple(told_at(questions, prompt, tokenizer)),
         tuple(prompt[part.start : part.end] for part in parts),
         tuple(part.token for part in parts),
     )

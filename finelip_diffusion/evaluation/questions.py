@@ -153,35 +153,38 @@ def group_mean(
 # ------------------------------------------------------------------------------------------------ where it is told
 
 
-def told_at(question: Question, prompt: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token of a prompt with which what a question asks has been told; the start token is 0.
+def told_at(questions: Sequence[Question], prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
+    """The tokens of a prompt with which what questions ask has been told; the start token is 0.
 
-    Where the question does not know: the sentence that has most of its words, the first of equals, and in it the last
+    Where a question does not know: the sentence that has most of its words, the first of equals, and in it the last
     of these words.
 
     Returns:
-        The token, or None where the prompt has none of the words.
+        The token of each question, or None where the prompt has none of its words.
     """
     encoding = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ends = [end for _, end in encoding["offset_mapping"]]
-    end = question.end
-    if end is None:
-        wanted = set(_words(question.words or question.text))
-        best: tuple[int, int] | None = None
-        for sentence in sentences_of(prompt, tokenizer):
-            places = [
-                (word, sentence.start + match.end())
-                for match in re.finditer(r"[\w']+", prompt[sentence.start : sentence.end])
-                for word in _words(match[0])
-                if word in wanted
-            ]
-            number = len({word for word, _ in places})
-            if number and (best is None or number > best[0]):
-                best = number, places[-1][1]
-        if best is None:
-            return None
-        end = best[1]
-    return 1 + next((place for place, last in enumerate(ends) if last >= end), len(ends) - 1)
+    sentences = [
+        [
+            (word, sentence.start + match.end())
+            for match in re.finditer(r"[\w']+", prompt[sentence.start : sentence.end])
+            for word in _words(match[0])
+        ]
+        for sentence in sentences_of(prompt, tokenizer)
+    ]
+    found: list[int | None] = []
+    for question in questions:
+        end = question.end
+        if end is None:
+            wanted = set(_words(question.words or question.text))
+            held = [[(word, place) for word, place in own if word in wanted] for own in sentences]
+            best = max(held, key=lambda own: len({word for word, _ in own}), default=[])
+            end = best[-1][1] if best else None
+        if end is None:
+            found.append(None)
+        else:
+            found.append(1 + next((place for place, last in enumerate(ends) if last >= end), len(ends) - 1))
+    return found
 
 
 def _words(text: str) -> Iterable[str]:
