@@ -18,6 +18,15 @@ from transformers import CLIPTokenizer
 from finelip_diffusion.tokenizer import clip_tokenizer
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests get the markers that what they use says: `-m "not browser and not script"` leaves both out."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+        if hasattr(getattr(item, "module", None), "scripts"):
+            item.add_marker("script")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Here and in the processes that tests start: sums over several threads may round otherwise."""

@@ -1,7 +1,8 @@
-"""The rooms of the house: which module may import which, and what the package may depend on."""
+"""Which module may import which, and what the package may depend on."""
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "finelip_diffusion"
 
-# Lines of rooms, in reading order: a module may import those before it in its own line, and all of the lines that its
-# own uses. A new module gets its place here. What draws knows nothing of training, and the bundled world of neither.
-LINES = {
+# Groups of modules in reading order: a module may import those before it in its own group, and all of the groups that
+# its own uses. A new module gets its place here. What draws knows nothing of training, the bundled world of neither.
+GROUPS = {
     "files": ["files"],
     "draw": [
         "positions",
@@ -114,7 +115,7 @@ USES = {
     "judge": ["files", "draw", "world", "data", "train"],
 }
 LAST = "cli"  # the command line may use them all
-ORDERED = [name for line in LINES.values() for name in line]
+ORDERED = [name for group in GROUPS.values() for name in group]
 
 DEPENDENCIES = {"PIL", "diffusers", "huggingface_hub", "numpy", "safetensors", "sentencex", "torch", "transformers"}
 # Extras: imported inside the function that needs them.
@@ -183,7 +184,7 @@ def own_imports(path: Path) -> set[str]:
 
 def test_every_module_has_its_place():
     modules = set(map(dotted, package_modules()))
-    assert modules == {"", *ORDERED, LAST}, "name a module's place in LINES"
+    assert modules == {"", *ORDERED, LAST}, "name a module's place in GROUPS"
 
 
 @pytest.mark.parametrize("name", [*ORDERED, LAST])
@@ -191,8 +192,8 @@ def test_imports_point_one_way(name):
     if name == LAST:
         allowed = {"", *ORDERED}
     else:
-        ((line, order),) = [(line, order) for line, order in LINES.items() if name in order]
-        allowed = {*order[: order.index(name)], *(room for used in USES[line] for room in LINES[used])}
+        ((group, order),) = [(group, order) for group, order in GROUPS.items() if name in order]
+        allowed = {*order[: order.index(name)], *(module for used in USES[group] for module in GROUPS[used])}
     wrong = own_imports(module_path(name)) - allowed
     assert not wrong, f"{name}.py imports {sorted(wrong)}; it may import {sorted(allowed)}"
 
@@ -217,6 +218,15 @@ def test_lazy_modules_are_imported_inside_functions(path):
             assert in_function, f"{path.name} imports {name} at its top, and with it a library that is optional"
 
 
+def test_contributing_maps_every_group_in_ten_lines():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lines = text.partition("```text\n")[2].partition("```")[0].splitlines()
+    assert len(lines) <= 10
+    assert [line.split()[0] for line in lines] == [*GROUPS, LAST, "scripts"]
+    for folder in re.findall(r"\b(\w+)/", "\n".join(lines)):
+        assert (ROOT / folder).is_dir() or (PACKAGE / folder).is_dir(), folder
+
+
 def test_importing_the_package_loads_no_library():
     """`finelip --help` and tools that only ask for the version must not wait seconds for torch."""
     code = "import sys, finelip_diffusion; print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
@@ -239,7 +249,7 @@ def test_only_the_package_is_a_package():
         assert not list((ROOT / folder).glob("**/__init__.py"))
 
 
-def test_no_room_for_odds_and_ends():
+def test_no_module_for_odds_and_ends():
     folders = [ROOT / folder for folder in ["finelip_diffusion", "tests", *SCRIPT_FOLDERS]]
     stems = {path.stem for folder in folders for path in folder.glob("**/*.py")}
     assert not stems & {"utils", "helpers", "common", "misc"}
