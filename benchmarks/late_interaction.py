@@ -41,6 +41,9 @@ class Arguments:
     text_tokens: int = field(default=52, metadata={"help": "Tokens of a caption."})
     width: int = field(default=768, metadata={"help": "Width of a token."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    threads: int = field(
+        default=0, metadata={"help": "Of a CPU; 0 is torch's own. One is timed by the seconds of the process itself."}
+    )
     repeats: int = field(default=5, metadata={"help": "Times each row is timed; the loop over captions once."})
     gradient_batch_size: int = field(default=16, metadata={"help": "Images, and captions, to compare gradients on."})
     seed: int = field(default=0, metadata={"help": "Seeds the tokens and the gradient that is sent back."})
@@ -133,13 +136,15 @@ def make_inputs(args: Arguments, batch_size: int, dtype: torch.dtype, exact: boo
 
 
 def seconds(run: Callable[..., object], inputs: list[Tensor]) -> float:
+    """Of one run; of a single CPU thread those of the process, so that other load on the machine does not count."""
+    clock = time.process_time if not inputs[0].is_cuda and torch.get_num_threads() == 1 else time.perf_counter
     if inputs[0].is_cuda:
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     run(*inputs)
     if inputs[0].is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_megabytes(row: str, args: Arguments, dtype: torch.dtype) -> float:
@@ -186,6 +191,8 @@ def score_error(args: Arguments, dtype: torch.dtype) -> float:
 
 
 def main(args: Arguments) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
     missed = [wrong for dtype in dtypes_of(args.device) for wrong in compare(args, dtype)]
     if missed:
         raise SystemExit("; ".join(missed))

@@ -23,6 +23,9 @@ KERNEL_BLOCK = 2**26  # best matches that one launch of the Triton kernel leaves
 CPU_BLOCK, GPU_BLOCK = 2**20, 2**25
 """Similarities held at a time: 4 MB, which caches hold; more where each step costs a launch."""
 
+PASS, COLUMNS = 2**18, 128
+"""What a core's own cache holds on a CPU: similarities of one pass over them, channels of rows that are summed."""
+
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as many bytes as a float
 
 
@@ -186,9 +189,7 @@ class _MaxSimilarity(torch.autograd.Function):
         image_to_text = torch.empty_like(text_to_image)
         best_image = torch.empty(num_images, num_texts, T, dtype=_index_dtype(P), device=device)
         best_text = torch.empty(num_images, num_texts, P, dtype=_index_dtype(T), device=device)
-        for images, texts in _blocks(image_tokens, text_tokens):
-            similarity = image_values[images].flatten(0, 1) @ text_values[texts].flatten(0, 1).T
-            similarity = similarity.view(-1, P, similarity.shape[1] // T, T)  # (images, P, texts, T)
+        for images, texts, similarity in _products(image_values, text_values):  # (images, P, texts, T)
             if image_mask is not None:
                 similarity.masked_fill_(~image_mask[images, :, None, None], -math.inf)
             if text_mask is not None:
@@ -211,7 +212,7 @@ class _MaxSimilarity(torch.autograd.Function):
             torch.zeros(tokens.shape, dtype=sums, device=device) if needed else None
             for tokens, needed in zip((image_tokens, text_tokens), ctx.needs_input_grad, strict=False)
         )
-        for images, texts in _blocks(image_tokens, text_tokens):
+        for images, texts in _blocks(image_tokens, text_tokens, 4):
             image_values = image_tokens[images].flatten(0, 1).to(sums)
             text_values = text_tokens[texts].flatten(0, 1).to(sums)
             best_of_texts, of_texts = _unpack(
@@ -330,10 +331,22 @@ def _refuses_kernels(*tokens: Tensor) -> str:
     return ""
 
 
-def _blocks(image_tokens: Tensor, text_tokens: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Runs of images and of texts whose similarities fill one block, about as many images as texts."""
+def _products(image_values: Tensor, text_values: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Runs of images and of texts, and their similarities (images, P, texts, T), in parts that a core's cache holds."""
+    (_, P, _), (_, T, _) = image_values.shape, text_values.shape
+    for images, texts in _blocks(image_values, text_values):
+        block = image_values[images].flatten(0, 1) @ text_values[texts].flatten(0, 1).T
+        block = block.view(-1, P, block.shape[1] // T, T)
+        some = len(block) if block.is_cuda else max(1, PASS // block[0].numel())
+        for number, part in enumerate(block.split(some)):
+            first = images.start + number * some
+            yield slice(first, first + len(part)), texts, part
+
+
+def _blocks(image_tokens: Tensor, text_tokens: Tensor, factor: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Runs of images and of texts whose similarities fill `factor` blocks, about as many images as texts."""
     num_images, num_texts = len(image_tokens), len(text_tokens)
-    elements = CPU_BLOCK if image_tokens.device.type == "cpu" else GPU_BLOCK
+    elements = factor * (CPU_BLOCK if image_tokens.device.type == "cpu" else GPU_BLOCK)
     pairs = max(1, elements // (image_tokens.shape[1] * text_tokens.shape[1]))
     some_texts = min(num_texts, max(math.isqrt(pairs), pairs // num_images))
     some_images = max(1, pairs // some_texts)
@@ -393,7 +406,9 @@ def _add_rows(target: Tensor, target_rows: Tensor, source: Tensor, source_rows: 
     )
     rows = torch.arange(len(target), dtype=target_rows.dtype, device=target.device)
     starts = torch.searchsorted(target_rows, rows, out_int32=True)
-    target += F.embedding_bag(source_rows, source, starts, mode="sum", per_sample_weights=weights)
+    columns = COLUMNS if source.device.type == "cpu" else source.shape[1]
+    for sums, values in zip(target.split(columns, dim=1), source.split(columns, dim=1), strict=True):
+        sums += F.embedding_bag(source_rows, values, starts, mode="sum", per_sample_weights=weights)
 
 
 def _argsort(rows: Tensor, stop: int) -> Tensor:
