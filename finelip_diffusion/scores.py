@@ -332,7 +332,7 @@ def _refuses_kernels(*tokens: Tensor) -> str:
 
 
 def _products(image_values: Tensor, text_values: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Runs of images and of texts, and their similarities (images, P, texts, T), in parts that a core's cache holds."""
+    """Runs of images and of texts, and their similarities (images, P, texts, T), in parts that fit a core's cache."""
     (_, P, _), (_, T, _) = image_values.shape, text_values.shape
     for images, texts in _blocks(image_values, text_values):
         block = image_values[images].flatten(0, 1) @ text_values[texts].flatten(0, 1).T
