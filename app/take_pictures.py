@@ -15,7 +15,7 @@ import make_example
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from app import build_demo, look
+from app import build_demo, look  # type: ignore[attr-defined]  # the folder has the same name
 from finelip_diffusion import FineLIPStableDiffusionPipeline
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "pictures"
