@@ -1,6 +1,6 @@
 """Draws one long prompt twice from the same noise: as Stable Diffusion reads it, and with the long encoder.
 
-python examples/demo.py                      # examples/long_prompt.txt -> demo.png
+python examples/demo.py                      # examples/unseen_prompt.txt -> demo.png
 python examples/demo.py --prompt-file my.txt --seed 3 --out my.png
 """
 
@@ -18,7 +18,7 @@ from finelip_diffusion import FineLIPStableDiffusionPipeline
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import find_facts, findings, read
 
-PROMPT = Path(__file__).with_name("long_prompt.txt")  # unseen_prompt.txt: in a wording that nobody trained on
+PROMPT = Path(__file__).with_name("unseen_prompt.txt")  # in a wording that the model was not trained on
 PANEL = 480  # pixels, the side of a drawn image on the picture
 MARGIN = 24
 FONT, SMALL = ImageFont.load_default(20), ImageFont.load_default(16)

@@ -17,8 +17,8 @@ def demo(folder: Path, *flags: str, bare: bool = False) -> subprocess.CompletedP
 def test_the_demo_prints_both_reports_and_writes_one_picture(tmp_path: Path) -> None:
     done = demo(tmp_path, "--steps", "2", bare=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "152 tokens, long_prompt='truncate'" in done.stdout
-    assert "77 of 152 tokens dropped" in done.stdout
+    assert "135 tokens, long_prompt='truncate'" in done.stdout
+    assert "60 of 135 tokens dropped" in done.stdout
     assert "nothing dropped" in done.stdout
     assert re.search(r"Objects drawn as the prompt asks: \d of 8 \| \d of 8\n", done.stdout)
     assert Image.open(tmp_path / "demo.png").width > 900

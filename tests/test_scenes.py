@@ -134,7 +134,7 @@ def test_the_reader_is_right_on_rendered_scenes_and_stands_noise_and_blur() -> N
 def test_the_reader_sees_nothing_in_noise_and_refuses_other_sizes() -> None:
     noise = np.random.default_rng(0).random((IMAGE_SIZE, IMAGE_SIZE, 3))
     assert read(noise).objects == ()
-    with pytest.raises(ValueError, match=r"96 x 96 pixels, not an array of \(64, 64, 3\)"):
+    with pytest.raises(ValueError, match=rf"{IMAGE_SIZE} x {IMAGE_SIZE} pixels, not an array of \(64, 64, 3\)"):
         read(Image.new("RGB", (64, 64)))
 
 

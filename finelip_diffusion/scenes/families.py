@@ -290,7 +290,9 @@ def pairs(t: Teller) -> str:
             look, places_ = f"{size} {colour} {shape}", [t.place(item.cell) for item in two]
             head, middle, last = t.choice(TWO).split("{}")
             head = head.replace("{look}s", f"{size} {colour} {plural(shape)}").replace("{a}", a(look))
-            parts.append(t.mark(two[0], f"{head}{places_[0]}") + t.mark(two[1], f"{middle}{places_[1]}") + last)
+            lead = middle[: len(middle) - len(middle.lstrip(", "))]
+            second = t.mark(two[1], middle.removeprefix(lead) + places_[1])
+            parts.append(t.mark(two[0], head + places_[0]) + lead + second + last)
     t.rng.shuffle(parts)
     return sentences(t.with_background(parts, BACKDROPS))
 
