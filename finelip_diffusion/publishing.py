@@ -105,6 +105,12 @@ def model_card(folder: str | Path, repo_id: str, base_model: str | None = None) 
         return ModelCard(f"---\n{about.to_yaml()}\n---\n\n# {name}\n\n{body}\n")
     config = json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))
     positions = config.get("max_position_embeddings", STOCK_POSITIONS)
+    rotary = config.get("rotary") is not None
+    plain = (
+        "Plain diffusers loads it after `import finelip_diffusion.rotary`."
+        if rotary
+        else "Plain diffusers loads it, too."
+    )
     about = ModelCardData(
         library_name="diffusers" if kind == "pipeline" else "transformers",
         pipeline_tag="text-to-image" if kind == "pipeline" else None,
@@ -114,12 +120,13 @@ def model_card(folder: str | Path, repo_id: str, base_model: str | None = None) 
     if kind == "pipeline":
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         ours = "FineLIPStableDiffusionXLPipeline" if "XL" in index["_class_name"] else "FineLIPStableDiffusionPipeline"
-        what = f"A {index['_class_name']} whose text encoder reads {positions} tokens. Plain diffusers loads it, too."
+        what = f"A {index['_class_name']} whose text encoder reads {positions} tokens. {plain}"
         code = f'from finelip_diffusion import {ours}\n\npipe = {ours}.from_pretrained("{repo_id}")'
     else:
         what = (
-            f"A CLIP text encoder of {positions} positions, {config['hidden_size']} wide, with its tokenizer: stock "
-            "classes of transformers, a drop-in for pipelines of diffusers that read through the same CLIP."
+            f"A CLIP text encoder of {positions} positions, {config['hidden_size']} wide, with its tokenizer: "
+            f"{'rotary positions, which finelip-diffusion reads' if rotary else 'stock classes of transformers'}, a "
+            "drop-in for pipelines of diffusers that read through the same CLIP."
         )
         code = (
             "from finelip_diffusion import FineLIPStableDiffusionPipeline\n\n"

@@ -20,6 +20,7 @@ from finelip_diffusion import FineLIPStableDiffusionPipeline, load_text_encoder
 from finelip_diffusion.lengthening import is_stock, nobody_trained
 from finelip_diffusion.model import FineLIPModel, load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.publishing import model_card
 from finelip_diffusion.rotary import (
     NTK_FACTOR,
     THETA,
@@ -187,6 +188,7 @@ def test_it_draws_and_so_does_what_was_saved(drawn: tuple[Path, Tensor]) -> None
     pipe.set_progress_bar_config(disable=True)
     assert torch.equal(pixels(pipe, "a red cat " * 60), drawn[1])
     assert isinstance(DiffusionPipeline.from_pretrained(drawn[0]).text_encoder, RotaryTextModel)
+    assert "loads it after `import finelip_diffusion.rotary`." in str(model_card(drawn[0], "me/rotary"))
 
 
 def test_without_this_package_diffusers_says_what_to_import(
