@@ -89,7 +89,8 @@ def test_folders_get_the_figures_of_an_evaluation(both: tuple[dict, Path], root:
     page, table = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert "UNet" not in page.split("<body>")[1].replace("UNets", "")
     assert "UNet" not in table
-    assert "| floor | pictures | value | less wrong | n |" in table
+    assert "| floor | pictures | value | less wrong | n |" in table  # of distances
+    assert "\n| pictures | value | less wrong | n |" in table
 
 
 def test_a_reference_of_the_same_names_is_paired(both: tuple[dict, Path]):

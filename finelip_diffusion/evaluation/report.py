@@ -296,6 +296,8 @@ def markdown(report: Report) -> str:
             ]
             rows += [["floor" if each["floor"] else "", each["label"], each["text"], "", each["n"]]
                      for each in column["floors"]]  # fmt: skip
+            if _of_folders(report) and not column["floors"]:  # nothing would stand in the first column
+                heads, rows = heads[1:], [row[1:] for row in rows]
             lines += [*markdown_table(heads, rows), ""]
     for curve in _curves(report):
         lines += [f"## {_capital(curve['label'])}", ""]
