@@ -150,6 +150,8 @@ def test_a_stream_is_resumed_at_any_step(tmp_path, tokenizer, image_processor, n
 
 def test_a_stream_needs_a_shard_for_each_reader(tmp_path, tokenizer, image_processor):
     dataset = TarDataset(write_shards(tmp_path, 3))
+    with pytest.raises(ValueError, match="a stream cannot be read from the shortest captions to the longest"):
+        make_loader(dataset, Collator(tokenizer, image_processor), 2, rising_steps=3)
     with pytest.raises(ValueError, match="3 shards are too few for 2 processes with 2 readers each"):
         make_loader(dataset, Collator(tokenizer, image_processor), 2, world_size=2, num_workers=2)
 

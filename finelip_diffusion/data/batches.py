@@ -320,7 +320,8 @@ def make_loader(
         rising_steps: The first so many batches go from the shortest captions to the longest; not of a stream.
 
     Raises:
-        ValueError: If the dataset is too small (see `StepSampler`), or a stream has fewer shards than readers.
+        ValueError: If the dataset is too small (see `StepSampler`), or a stream has fewer shards than readers or is to
+            be read in order of length.
     """
     common = {
         "collate_fn": collator,
@@ -329,6 +330,11 @@ def make_loader(
         "pin_memory": pin_memory,
     }
     if isinstance(dataset, TarDataset):
+        if rising_steps:
+            raise ValueError(
+                "a stream cannot be read from the shortest captions to the longest: take a recipe without "
+                "length_curriculum, or give a folder or a list."
+            )
         batches = _StreamBatches(dataset, batch_size, rank, world_size, first_step, max(num_workers, 1))
         return DataLoader(batches, batch_size=None, **common)  # type: ignore[arg-type]
     lengths = dataset.caption_lengths() if bucket_by_length or rising_steps else None
