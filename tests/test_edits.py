@@ -2,7 +2,8 @@
 
 import io
 import json
-from itertools import chain
+import tarfile
+from itertools import chain, islice
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,24 @@ def test_edits_made_elsewhere_come_with_the_data(tmp_path: Path) -> None:
     for wrong in (3, "no JSON", [1], {"a": 1}, ["a", ["b"]]):
         with pytest.raises(Unusable, match="not a list of texts"):
             edits_of({"edits": wrong})
+
+
+def test_a_stream_and_a_table_have_edits_too(tmp_path: Path) -> None:
+    row = json.dumps({"captions": ["A red car.", "Two dogs."], "edits": [["A blue car."], []]}).encode()
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        for name, data in (("0.png", _png()), ("0.json", row)):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    stream = open_dataset(str(tmp_path / "one.tar"), edits=True)
+    found = {example.caption: set(example.edits) for example in islice(iter(stream), 20)}
+    assert found["A red car."] == {"A blue car."} and found["Two dogs."] <= {"One dogs.", "Three dogs."}
+    assert not next(iter(open_dataset(str(tmp_path / "one.tar")))).edits
+
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [Image.new("RGB", (8, 8))], "caption": ["A red car."], "hard_negatives": [["A red bus."]]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "table")
+    assert open_dataset(tmp_path / "table", edits=True)[0].edits == ("A red bus.",)
 
 
 def test_rewrites_are_one_example_whose_caption_is_drawn(tmp_path: Path) -> None:
