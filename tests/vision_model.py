@@ -1,5 +1,5 @@
-"""A vision-language model of Qwen3-VL's own classes at a tiny size: random weights, a tokenizer of letters and answers,
-saved as a folder that `AutoModelForImageTextToText` and `AutoProcessor` load."""
+"""A vision-language model of Qwen3-VL's own classes at a tiny size: random weights, a tokenizer of letters and
+answers, saved as a folder that `AutoModelForImageTextToText` and `AutoProcessor` load."""
 
 from pathlib import Path
 
