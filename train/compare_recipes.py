@@ -105,7 +105,7 @@ class Arguments:
     )
     max_train_steps: int = field(default=24, metadata={"help": "The updates of a run."})
     train_batch_size: int = field(default=40, metadata={"help": "The pairs, in groups of eight near-duplicates."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "The rate of all parameters of all recipes."})
+    learning_rate: float = field(default=3e-5, metadata={"help": "The rate of all parameters of all recipes."})
     mixed_precision: str = field(default="bf16", metadata={"help": "The precision of training: no or bf16."})
     num_groups: int = field(default=24, metadata={"help": "The groups of eight in the gallery."})
     num_probe_captions: int = field(default=400, metadata={"help": "The captions of the probes. Half fit the probe."})
