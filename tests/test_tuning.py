@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from test_single_file import Base, same_weights
-from tiny_models import pixels, tiny_text_encoder
+from tiny_models import pixels
 from torch import Tensor
 
-from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
+from finelip_diffusion import FineLIPStableDiffusionPipeline
 from finelip_diffusion.data.datasets import open_dataset
 from finelip_diffusion.data.latents import (
     BucketSampler,
@@ -72,12 +72,11 @@ def batch_of(parts: Parts, size: int = 3, length: int = 90) -> dict[str, Tensor]
     return batch
 
 
-@pytest.mark.parametrize("kind", ["1.x", "xl"])
-def test_a_model_in_one_file_is_the_same_in_parts(kind: str, tmp_path: Path) -> None:
-    base = Base(kind, tmp_path)
+def test_a_model_in_one_file_is_the_same_in_parts(tmp_path: Path) -> None:
+    base = Base("xl", tmp_path)
     options = {"config": str(base.folder)}
     found, expected = load_parts(base.file, STRETCHED, **options), load_parts(base.folder, STRETCHED)
-    assert found.is_xl == expected.is_xl == (kind == "xl") and found.places.keys() == expected.places.keys()
+    assert found.is_xl and expected.is_xl and found.places.keys() == expected.places.keys()
     for name, place in expected.places.items():
         assert place.encoder.config.max_position_embeddings == 248
         assert same_weights(place.encoder, found.places[name].encoder)
@@ -385,21 +384,6 @@ def test_a_unets_lora_is_loaded_by_diffusers_and_found_beside_the_encoder(
         stock = step.predict(kept.noised, kept.before)
         torch.testing.assert_close(found, F.mse_loss(after, stock))  # the base's own UNet
         assert not torch.allclose(found, F.mse_loss(after, before), rtol=0.01)
-
-
-def test_sdxls_second_encoder_is_found_beside_the_first(stable_diffusion_xl_folder: Path, tmp_path: Path) -> None:
-    from finelip_diffusion.text_encoder import save_text_encoder
-
-    ours = FineLIPStableDiffusionXLPipeline.from_pretrained(stable_diffusion_xl_folder, long_prompt="stretch")
-    second = tiny_text_encoder(9, positions=248, projection=True)
-    save_text_encoder(ours.text_encoder, ours.tokenizer, tmp_path)
-    save_text_encoder(second, ours.tokenizer_2, tmp_path, subfolder="text_encoder_2")
-    found = FineLIPStableDiffusionXLPipeline.from_pretrained(stable_diffusion_xl_folder, finelip=tmp_path)
-    weight = "encoder.layers.0.mlp.fc1.weight"
-    states = [{name.removeprefix("text_model."): value for name, value in each.state_dict().items()}
-              for each in (found.text_encoder_2, second)]  # fmt: skip
-    assert torch.equal(states[0][weight], states[1][weight])
-    assert found.prompt_settings.second_encoder == "stretch"
 
 
 def test_a_shared_tower_is_one(parts: Parts) -> None:

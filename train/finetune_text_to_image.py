@@ -709,13 +709,14 @@ def tune(stage: str, folder: Path, parts: Parts, args: Arguments) -> Tuned | Non
     images = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps  # of an update
     groups = parameter_groups(step, retrieval, args, images if args.scale_lr else 1)
     precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    memory = memory_of(parts, groups, stage, args, precision)
     if args.dry_run:
+        memory = memory_of(parts, groups, stage, args, precision)
         frozen = sum(weight.numel() for weight in parts.unet.parameters() if not weight.requires_grad)
         accelerator.print(describe_run(stage, groups, frozen, memory, args))
         return None
     if accelerator.device.type == "cuda":
-        there, needed = torch.cuda.mem_get_info(accelerator.device)[0] / MIB, sum(memory.values())
+        there = torch.cuda.mem_get_info(accelerator.device)[0] / MIB
+        needed = sum(memory_of(parts, groups, stage, args, precision).values())
         if needed > there:
             accelerator.print(
                 f"A step needs about {needed:,.0f} MiB and {there:,.0f} MiB are free: give --gradient_checkpointing "
