@@ -126,8 +126,7 @@ def build_demo(
                     draw = gr.Button("Draw one", elem_id="draw", min_width=0)
                     stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=0, visible=False)
                 told = gr.HTML(panels.HINT, elem_id="told")
-            small = "small-pictures" if scenes else ""
-            with gr.Column(elem_id="results", elem_classes=small, min_width=0), gr.Tabs(elem_id="tabs"):
+            with gr.Column(elem_id="results", min_width=0), gr.Tabs(elem_id="tabs"):
                 with gr.Tab("Pictures", id="pictures"):
                     shown = gr.HTML(example.shown(reader) if reader else results.empty(), elem_id="shown")
                 with gr.Tab("Listen", id="listen"):

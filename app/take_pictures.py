@@ -70,7 +70,7 @@ def take(browser: Browser, url: str, folder: Path) -> None:
     page.context.close()
     for name in ("page", "listen", "dark", "phone"):
         with Image.open(folder / f"{name}.png") as image:
-            small = image.convert("RGB").quantize(256)
+            small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # the other ways lose rare colors
         small.save(folder / f"{name}.png", optimize=True)
 
 
