@@ -8,6 +8,7 @@ import argparse
 import logging
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -38,7 +39,7 @@ def compare(prompt: str, seed: int, steps: int) -> tuple[Image.Image, Image.Imag
     pipe = FineLIPStableDiffusionPipeline.from_pretrained()
     print(pipe.describe_prompt(prompt, long_prompt="truncate"))
     print(pipe.describe_prompt(prompt))
-    settings = {"num_inference_steps": steps, "guidance_scale": 3.0}
+    settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 3.0}
     for library in ("diffusers", "transformers"):  # the report has said what the stock pipeline drops
         logging.getLogger(library).setLevel(logging.ERROR)
     cut = stock(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]

@@ -129,8 +129,9 @@ def convert(args: argparse.Namespace) -> None:
 
     from .text_encoder import interpolate, load_text_encoder, save_checkpoint, save_text_encoder
 
-    if args.projection is None and args.layout == "openai":
-        args.projection = True  # that layout always has one
+    projection = args.projection
+    if projection is None and args.layout == "openai":
+        projection = True  # that layout always has one
     text_encoder, tokenizer = load_text_encoder(
         args.source,
         subfolder=args.subfolder,
@@ -139,7 +140,7 @@ def convert(args: argparse.Namespace) -> None:
         keep=args.keep,
         ratio=args.ratio,
         pad_token=args.pad_token,
-        projection=args.projection,
+        projection=projection,
         dtype=args.dtype and getattr(torch, args.dtype),
     )
     if args.interpolate is not None:

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast, overload
 
 import torch
 from diffusers import (
@@ -181,6 +181,24 @@ class _LongPromptPipeline(AdapterPipeline):
         config = {f"_{key}" if key.startswith(STOCK) else key: value for key, value in config.items()}
         config["_class_name"] = self._stock_class.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @overload
+    def describe_prompt(
+        self,
+        prompt: str,
+        long_prompt: LongPrompt | None = None,
+        weighting: Weighting | None = None,
+        blend: float | None = None,
+    ) -> PromptReport: ...
+
+    @overload
+    def describe_prompt(
+        self,
+        prompt: list[str],
+        long_prompt: LongPrompt | None = None,
+        weighting: Weighting | None = None,
+        blend: float | None = None,
+    ) -> list[PromptReport]: ...
 
     def describe_prompt(
         self,

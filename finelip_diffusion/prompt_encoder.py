@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from diffusers import DiffusionPipeline
@@ -84,6 +84,12 @@ class PromptEncoder:
         self.pipeline = pipeline
         self.settings = settings or pipeline.prompt_settings
         self.places = [place for place in ("", "_2") if getattr(pipeline, f"text_encoder{place}", None) is not None]
+
+    @overload
+    def describe(self, prompt: str) -> PromptReport: ...
+
+    @overload
+    def describe(self, prompt: list[str]) -> list[PromptReport]: ...
 
     def describe(self, prompt: str | list[str]) -> PromptReport | list[PromptReport]:
         """Says what is read of a prompt, and what is dropped.

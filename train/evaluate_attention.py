@@ -13,7 +13,6 @@ import json
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,8 +72,7 @@ def evaluate(pipe: FineLIPStableDiffusionPipeline, strategy: LongPrompt, args: A
     prompts = {}
     for seed in range(args.first_seed, args.first_seed + args.num_prompts):
         caption = describe(sample_scene(seed, "test"), seed)
-        report: Any = pipe.describe_prompt(str(caption), strategy)
-        prompts[seed] = (caption, report)
+        prompts[seed] = (caption, pipe.describe_prompt(str(caption), strategy))
     for batch in tqdm(batches(prompts, args.batch_size), desc=strategy, mininterval=5):
         captions, reports = zip(*(prompts[seed] for seed in batch), strict=True)
         with record_attention(pipe) as maps:

@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 from finelip_diffusion.evaluation.intervals import bootstrap_interval, markdown_table, shown
 from finelip_diffusion.files import writing
 from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
+from finelip_diffusion.prompts import LongPrompt
 from finelip_diffusion.scenes import (
     CHANGES,
     FAMILIES,
@@ -48,7 +49,7 @@ class Arguments:
     output_dir: Path = field(metadata={"help": "Where report.json and report.md are written."})
     model: Path = field(default=BUNDLED_MODEL, metadata={"help": "A pipeline folder of the bundled world."})
     finelip: str | None = field(default=None, metadata={"help": "Its long encoder; by default MODEL/finelip."})
-    long_prompt: str = field(default="stretch", metadata={"help": "How prompts are read."})
+    long_prompt: LongPrompt = field(default="stretch", metadata={"help": "How prompts are read."})
     sets: list[str] = field(default_factory=lambda: list(SETS), metadata={"help": f"Among {', '.join(SETS)}."})
     num_prompts: int = field(default=100, metadata={"help": "Held-out scenes of each row."})
     first_seed: int = field(
