@@ -445,12 +445,10 @@ def resampled(tables: Sequence[Any]) -> dict[str, Any]:
         return {"value": None, "low": None, "high": None, "n": 0, "seeds": []}
     rng = np.random.default_rng(0)
     seeds, prompts = found.shape[:2]
-    drawn = []
-    for _ in range(RESAMPLES):
-        weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts))
-        sums = np.tensordot(weights, found[rng.integers(seeds, size=seeds)].sum(0), (0, 0))
-        drawn.append(sums[0] / sums[1] if sums[1] else np.nan)
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES)  # (R, N)
+    sums = np.einsum("rn,snk->rsk", weights, found)
+    sums = np.take_along_axis(sums, rng.integers(seeds, size=(RESAMPLES, seeds, 1)), axis=1).sum(1)  # (R, 2)
+    low, high = np.percentile(sums[sums[:, 1] > 0, 0] / sums[sums[:, 1] > 0, 1], [2.5, 97.5])
     total = shares.sum(0)
     return {"value": float(total[0] / total[1]), "low": float(low), "high": float(high), "n": prompts,
             "seeds": (shares[:, 0] / shares[:, 1]).tolist()}  # fmt: skip
@@ -567,9 +565,9 @@ def tables(args: Arguments) -> str:
         lines += ["### Does it carry over to a UNet that it has not seen?", "", "Found after token 77:", "",
                   *markdown_table(["encoder", "the UNet it was tuned through", *names], elsewhere), ""]  # fmt: skip
     for question, title in TITLES.items():
-        found = [(label, results.of(*setting)) for label, setting in asked[question].items()]
-        rows = [row_of(label, own) for label, own in found if own]
-        if len(rows) > 1:
+        found = [(label, own) for label, setting in asked[question].items() if (own := results.of(*setting))]
+        if len(found) > 1:
+            rows = [row_of(label, own) for label, own in found]
             lines += [f"### {title}", "", *markdown_table(HEADS, rows), ""]
     every = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(args.results.glob("*.json"))]
     devices = sorted({result["device"] for result in every})
@@ -668,9 +666,10 @@ def main(args: Arguments) -> None:
     for title, tasks in stages.items():
         if tasks and not all_done([partial(in_time, task, deadline) for task in tasks], args, title):
             raise SystemExit(3)
+    text = tables(args)
     with writing(args.output_dir / "report.md") as part:
-        part.write_text(tables(args) + "\n", encoding="utf-8")
-    print(tables(args))
+        part.write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 def check_settings(args: Arguments) -> None:
