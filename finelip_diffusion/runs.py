@@ -67,6 +67,9 @@ class RunFlags:
     adam_beta1: float = field(default=0.9, metadata={"help": "The first decay of AdamW."})
     adam_beta2: float = field(default=0.999, metadata={"help": "The second decay of AdamW."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "The epsilon of AdamW."})
+    freeze_token_embedding: bool = field(
+        default=False, metadata={"help": "Keep the embeddings of words as they are, for encoders that share them."}
+    )
     mixed_precision: str | None = field(
         default=None, metadata={"help": "The precision of autocast: no, fp16 or bf16. The default is accelerate's."}
     )

@@ -157,7 +157,7 @@ def fit(
     folder.mkdir(exist_ok=True)
     accelerator = accelerator_of(args, log_with="tensorboard", project_dir=args.output_dir / "logs")
     accelerator.init_trackers(stage)
-    model.to(accelerator.device, memory_format=torch.channels_last)  # the faster one for convolutions
+    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # the faster one for convolutions
     torch.backends.cudnn.benchmark = True
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
@@ -197,7 +197,7 @@ def fit(
 def accelerator_of(args: Arguments, **options: object) -> Accelerator:
     """Where and how precisely things are computed."""
     precision = args.mixed_precision
-    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision, **options)  # type: ignore[arg-type]
+    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision, **options)
 
 
 def draws(args: Arguments, stage: str, step: int) -> torch.Generator:
@@ -526,23 +526,23 @@ def train_denoiser(args: Arguments, stage: str, unet: UNet2DConditionModel, step
 
     fit(stage, unet, loss_at, steps, 1e-3, args, ema_decay=0.9995)
     pipe = StableDiffusionPipeline(vae, encoder, tokenizer, unet, noise_scheduler, None, None, None, False)
-    draw_examples(pipe, args.output_dir / f"{stage}.png")
+    draw_examples(pipe, args.output_dir / f"{stage}.png", min(8, args.unet_batch_size))
     return pipe
 
 
-def draw_examples(pipe: StableDiffusionPipeline, file: Path) -> None:
-    """Writes eight held-out scenes above what the pipeline makes of their captions."""
+def draw_examples(pipe: StableDiffusionPipeline, file: Path, number: int) -> None:
+    """Writes held-out scenes above what the pipeline makes of their captions."""
     pipe.set_progress_bar_config(disable=True)
     diffusers_logging.set_verbosity_error()  # captions are cut at 77 tokens here, it need not say so
-    scenes = [sample_scene(seed, "test") for seed in range(8)]
+    scenes = [sample_scene(seed, "test") for seed in range(number)]
     images = pipe(
         [str(describe(scene)) for scene in scenes],
         num_inference_steps=20,
         guidance_scale=3.0,
-        generator=[torch.Generator().manual_seed(seed) for seed in range(8)],
+        generator=[torch.Generator().manual_seed(seed) for seed in range(number)],
         output_type="pt",
     ).images
-    save_picture(torch.cat([Painter(images.device)(cell_numbers(scenes)), images * 2 - 1]), 8, file)
+    save_picture(torch.cat([Painter(images.device)(cell_numbers(scenes)), images * 2 - 1]), number, file)
 
 
 def train_unet(args: Arguments) -> None:
@@ -575,7 +575,7 @@ def train_long_clip(args: Arguments) -> None:
         pretrained_model_name_or_path=args.output_dir / "clip_model",
         train_data=f"scenes:{WORDING}",
         output_dir=args.output_dir / "long_clip",
-        train_batch_size=96,
+        train_batch_size=GROUP * min(12, args.clip_groups),
         learning_rate=5e-4,
         head_learning_rate=5e-4,
         lr_warmup_steps=min(60, args.long_clip_steps),
@@ -599,6 +599,7 @@ def train_tune(args: Arguments) -> None:
         train_batch_size=args.tune_batch_size,
         max_train_steps=args.tune_steps,
         num_scenes=args.tune_scenes,
+        num_validation_prompts=min(64, args.tune_scenes // 4),
         freeze_token_embedding=True,
         **common_flags(args),
     )
@@ -630,7 +631,7 @@ def run(script: str, **flags: object) -> None:
 
 
 def write_bundle(args: Arguments) -> None:
-    """Stage 7. The same folder in half precision, with one table of the embeddings of words, which the encoders share."""
+    """Stage 7. The same folder in half precision; the encoders share one table of the embeddings of words."""
     model = args.output_dir / "model"
     with writing(args.output_dir / "bundled") as bundled:
         shutil.copytree(model, bundled, dirs_exist_ok=True)
