@@ -57,9 +57,9 @@ def test_the_stages_leave_a_folder_that_both_pipelines_draw_with(trained: Path) 
         assert image.size == (IMAGE_SIZE, IMAGE_SIZE)
 
 
-def test_the_long_encoder_keeps_its_first_positions(trained: Path) -> None:
+def test_finelip_keeps_the_first_positions(trained: Path) -> None:
     tables = []
-    for folder in ("model/text_encoder", "model/finelip/text_encoder"):
+    for folder in ("model/text_encoder", "long_clip/text_encoder"):
         weights = load_file(trained / folder / "model.safetensors")
         tables += [table for name, table in weights.items() if name.endswith("position_embedding.weight")]
     stock, long = tables
