@@ -60,7 +60,7 @@ def max_similarity(
     image_mask: Tensor | None = None,
     text_mask: Tensor | None = None,
     negative_slope: float = 1.0,
-    fused: bool | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mean of each token's similarity to its best match on the other side, in both directions, for every pair.
 
@@ -68,8 +68,8 @@ def max_similarity(
     (P + T) bytes while both have at most 128 tokens. Under autocast the product runs in the autocast dtype; sums,
     scores and gradients are float32. Cannot be differentiated twice.
 
-    On an NVIDIA GPU, tokens of at most 32 bits are compared by Triton kernels, which never write similarities to
-    memory: two bytes for each token of each pair. Their float32 products are as exact as TF32 in three parts, and in
+    With `fused`, an NVIDIA GPU compares tokens of at most 32 bits by Triton kernels, which never write similarities
+    to memory: two bytes for each token of each pair. Their float32 products are as exact as TF32 in three parts, and in
     bfloat16 the gradient of a match is rounded to bfloat16 before it is summed in float32.
 
     Args:
@@ -79,7 +79,8 @@ def max_similarity(
             has similarity -inf: it is nobody's best match, has no part in a mean, and gets gradient 0.
         text_mask: (B_text, T), likewise.
         negative_slope: Factor of negative similarities (leaky ReLU), at least 0; 1 leaves them as they are.
-        fused: Whether Triton kernels do the work; None: where they can.
+        fused: Whether Triton kernels do the work. They agree with this module in Triton's interpreter, and have not
+            run on a GPU yet: `python benchmarks/late_interaction.py --device cuda` checks them there.
 
     Returns:
         text_to_image: (B_image, B_text), mean over text tokens of the max over image tokens.
@@ -99,10 +100,9 @@ def max_similarity(
             f"image tokens have width {image_tokens.shape[2]}, text tokens {text_tokens.shape[2]}: "
             "project both to one width."
         )
-    refusal = _refuses_kernels(image_tokens, text_tokens)
-    if fused and refusal:
+    if fused and (refusal := _refuses_kernels(image_tokens, text_tokens)):
         raise ValueError(f"fused=True, but {refusal}: leave fused out.")
-    function = _MaxSimilarity if refusal or fused is False else _FusedMaxSimilarity
+    function = _FusedMaxSimilarity if fused else _MaxSimilarity
     return function.apply(image_tokens, text_tokens, image_mask, text_mask, negative_slope)
 
 
