@@ -69,8 +69,8 @@ def max_similarity(
     scores and gradients are float32. Cannot be differentiated twice.
 
     With `fused`, an NVIDIA GPU compares tokens of at most 32 bits by Triton kernels, which never write similarities
-    to memory: two bytes for each token of each pair. Their float32 products are as exact as TF32 in three parts, and in
-    bfloat16 the gradient of a match is rounded to bfloat16 before it is summed in float32.
+    to memory: two bytes for each token of each pair. Their float32 products are as exact as TF32 in three parts, and
+    in bfloat16 the gradient of a match is rounded to bfloat16 before it is summed in float32.
 
     Args:
         image_tokens: (B_image, P, E).
