@@ -73,8 +73,10 @@ def test_the_bundled_model_has_names_of_its_own():
     assert located("bundled/clip") == str(BUNDLED_MODEL / "clip")
     assert named("clip=bundled/clip") == ("clip", str(BUNDLED_MODEL / "clip"))
     assert named("runs/finelip") == ("finelip", "runs/finelip")
-    found = read_conditions("bundled", ["finelip"], ["adapted"])
-    assert (found[0].encoder_source, found[0].unet_source) == (str(BUNDLED_MODEL / "finelip"),) * 2
+    found = read_conditions("bundled", ["finelip"], ["base"])
+    assert (found[0].encoder_source, found[0].unet_source) == (str(BUNDLED_MODEL / "finelip"), None)
+    with pytest.raises(ValueError, match="UNet adapted: there is no .*unet with a config.json in it"):
+        read_conditions("bundled", ["finelip"], ["adapted"])
 
 
 def test_blends_are_encoders_of_their_own():
@@ -261,5 +263,5 @@ def test_another_image_is_not_taken_for_this_one(tmp_path: Path, change: str):
 def test_a_broken_image_is_named(tmp_path: Path):
     file = tmp_path / "000000.png"
     file.write_bytes(b"\x89PNG broken")
-    with pytest.raises(ValueError, match="no readable image"):
+    with pytest.raises(ValueError, match="is not a readable image"):
         is_drawn(file, copy.copy(PROMPTS[0]), "")

@@ -244,7 +244,7 @@ def test_bad_examples_are_named_and_training_goes_on(pictures: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"recipe": "no_such"}, "there is no recipe 'no_such'; beside it are: debias, "),
+        ({"recipe": "no_such"}, "there is no recipe 'no_such'; beside it are: affinity, "),
         ({"train_batch_size": 1}, "--train_batch_size is 1, but must be at least 2"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "is not a checkpoint folder"),
         ({"train_data": "no/such.json"}, "no/such.json"),
