@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import scripts
+from diffusers import UNet2DConditionModel
+
+from finelip_diffusion.pipeline import BUNDLED_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train" / "evaluate_wordings.py"
@@ -24,6 +27,18 @@ def test_the_report_has_every_prompt_and_its_share(tmp_path: Path) -> None:
             assert row["before"]["n"] + row["after"]["n"] == len(facts)
     assert sets["splits"]["sentences"]["found"]["value"] > 0.6  # what the bundled model was made for
     assert "| sentences |" in (tmp_path / "report.md").read_text()
+
+
+def test_another_unet_is_the_one_that_draws(tmp_path: Path) -> None:
+    config = UNet2DConditionModel.load_config(BUNDLED_MODEL / "unet")
+    UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "unet")  # of random weights
+    flags = ["--num_prompts", 2, "--num_inference_steps", 2, "--sets", "people", "--unet", tmp_path / "unet"]
+    done = scripts.run(SCRIPT, "--output_dir", tmp_path / "out", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    sets = json.loads((tmp_path / "out" / "report.json").read_text())["sets"]
+    assert sets["people"]["people's words"]["found"]["value"] == 0
+    done = scripts.run(SCRIPT, "--output_dir", tmp_path / "out", "--unet", tmp_path / "none")
+    assert f"--unet {tmp_path / 'none'} has no config.json in it" in done.stderr.splitlines()[-1]
 
 
 def test_what_find_facts_reads_needs_no_model(tmp_path: Path) -> None:

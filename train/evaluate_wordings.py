@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -49,6 +50,7 @@ class Arguments:
     output_dir: Path = field(metadata={"help": "Where report.json and report.md are written."})
     model: Path = field(default=BUNDLED_MODEL, metadata={"help": "A pipeline folder of the bundled world."})
     finelip: str | None = field(default=None, metadata={"help": "Its long encoder; by default MODEL/finelip."})
+    unet: Path | None = field(default=None, metadata={"help": "A folder of another UNet, in place of the model's."})
     long_prompt: LongPrompt = field(default="stretch", metadata={"help": "How prompts are read."})
     sets: list[str] = field(default_factory=lambda: list(SETS), metadata={"help": f"Among {', '.join(SETS)}."})
     num_prompts: int = field(default=100, metadata={"help": "Held-out scenes of each row."})
@@ -63,6 +65,8 @@ class Arguments:
         for name, least in {"num_prompts": 2, "batch_size": 1, "num_inference_steps": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} is {getattr(self, name)}, but must be at least {least}.")
+        if self.unet is not None and not (self.unet / "config.json").is_file():
+            raise ValueError(f"--unet {self.unet} has no config.json in it: give the folder of a UNet.")
         if unknown := set(self.sets) - set(SETS):
             raise ValueError(f"--sets has {', '.join(sorted(unknown))}: choose among {', '.join(SETS)}.")
 
@@ -198,7 +202,8 @@ def main(args: Arguments) -> None:
     pipe: Any = None
     if set(args.sets) - {"reading"}:
         finelip = args.finelip or str(args.model / "finelip")
-        pipe = FineLIPStableDiffusionPipeline.from_pretrained(args.model, finelip=finelip)
+        parts = {} if args.unet is None else {"unet": UNet2DConditionModel.from_pretrained(args.unet)}
+        pipe = FineLIPStableDiffusionPipeline.from_pretrained(args.model, finelip=finelip, **parts)
         pipe = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         pipe.set_progress_bar_config(disable=True)
     for name in args.sets:

@@ -388,7 +388,7 @@ def write_pictures(
 
 
 def _write(files: Sequence[Path], file: Path) -> None:
-    """One picture, or several in a grid two by two, whole or not at all."""
+    """One picture, or several in a grid two by two; a file is never left half written."""
     with writing(file) as part:
         if len(files) == 1 and file.suffix == files[0].suffix:
             shutil.copyfile(files[0], part)
