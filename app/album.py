@@ -89,7 +89,7 @@ class Album:
         return Kept(path, picture.image, settings)
 
     def write(self, path: Path, content: bytes) -> None:
-        """Writes a file of an album, whole or not at all."""
+        """Writes a file of an album, atomically."""
         with writing(path) as part:
             part.write_bytes(content)
 

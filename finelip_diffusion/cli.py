@@ -514,7 +514,7 @@ def _size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
 
 
 def _write_image(image: Any, path: Path, metadata: dict[str, Any]) -> None:
-    """Writes a PNG with its settings as text, whole or not at all."""
+    """Writes a PNG with its settings as text, atomically."""
     from .files import png_text, writing
 
     prompts = {key: metadata[key] for key in ("prompt", "negative_prompt")}

@@ -237,7 +237,7 @@ class PromptEmbeds(Mapping[str, Tensor]):
         return sum(1 for _ in self)  # tuple() would ask for the length
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all.
+        """Writes a safetensors file, atomically.
 
         Raises:
             ValueError: If it cannot be written. One sentence.

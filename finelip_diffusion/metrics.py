@@ -102,7 +102,7 @@ class FeatureStatistics:
         return self._scatter / (self.n - 1)
 
     def save(self, path: str | Path) -> None:
-        """Writes `n`, `mu` and `sigma` as .npz, whole or not at all; other tools read the latter two."""
+        """Writes `n`, `mu` and `sigma` as .npz, atomically; other tools read the latter two."""
         with writing(path) as part, part.open("wb") as file:
             np.savez(file, n=self.n, mu=self.mean, sigma=self.covariance)
 

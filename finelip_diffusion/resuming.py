@@ -39,7 +39,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def save_checkpoint(accelerator: Any, output_dir: Path, step: int, limit: int | None = None) -> None:
-    """Writes `checkpoint-STEP` whole or not at all, by all processes together; then deletes the oldest.
+    """Writes `checkpoint-STEP` atomically, by all processes together; then deletes the oldest.
 
     Args:
         accelerator: Of accelerate; what it prepared and what is registered with it is saved.

@@ -34,12 +34,14 @@ class Place:
         tokenizer: Its tokenizer.
         stock: The base's own, frozen.
         stock_tokenizer: Its tokenizer.
+        start: The long one as it was before it was trained, frozen, see `keep_start`.
     """
 
     encoder: TextEncoder
     tokenizer: CLIPTokenizer
     stock: TextEncoder
     stock_tokenizer: CLIPTokenizer
+    start: TextEncoder | None = None
 
 
 @dataclass
@@ -259,6 +261,19 @@ def teacher_predictions(step: "TuningStep", batch: Batch, kept: Kept | None) -> 
     return squared_error(step.predict(step.noised(taught), step.read(taught)), taught["predictions"])
 
 
+def restated_predictions(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
+    """What the UNet predicts for the same image's other caption, which the encoder understood before training.
+
+    In expectation over images the target of `denoising` is the same; its noise is left out, and so are its errors
+    put in. A caption in other words is understood once it makes the same picture.
+    """
+    start = [place.start for place in step.parts.places.values()]
+    assert all(start), "keep_start comes first"
+    with torch.no_grad(), step.without_adapters():
+        target = step.predict(step.noised(batch), step.read(batch, "restated_ids", start))
+    return squared_error(step.predict(step.noised(batch), step.read(batch)), target)
+
+
 def kept_states(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
     """The stock encoders' states of prompts that they read whole, and SDXL's pooled output."""
     assert kept is not None
@@ -292,6 +307,7 @@ class Term:
 TERMS = {
     "denoising": Term(denoising, "images"),
     "teacher_predictions": Term(teacher_predictions, "teacher"),
+    "restated_predictions": Term(restated_predictions, "images"),
     "kept_states": Term(kept_states, "kept"),
     "kept_predictions": Term(kept_predictions, "kept"),
 }
@@ -348,9 +364,10 @@ class TuningStep(nn.Module):
             noisy = self.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
         return Noised(noisy, batch["timesteps"], batch["time_ids"])
 
-    def read(self, batch: Batch, name: str = "input_ids") -> Conditioning:
-        """What the long encoders make of the prompts of a batch."""
-        return encode(self.encoders, [batch[key] for key in (name, f"{name}_2") if key in batch], self.is_xl)
+    def read(self, batch: Batch, name: str = "input_ids", by: Sequence[Any] = ()) -> Conditioning:
+        """What the long encoders, or others in their places, make of the prompts of a batch."""
+        ids = [batch[key] for key in (name, f"{name}_2") if key in batch]
+        return encode(by or self.encoders, ids, self.is_xl)
 
     def predict(self, noised: Noised, read: Conditioning) -> Tensor:
         """The UNet's prediction, (B, C, H, W)."""
@@ -378,7 +395,8 @@ class TuningStep(nn.Module):
             batch: latents and noise (B, C, H, W), or, of a teacher, noisy and predictions (B, C, H, W); timesteps
                 (B,); time_ids (B, 6); `input_ids` and, for SDXL, `input_ids_2` (B, T); with terms that keep,
                 `kept_ids`, `kept_ids_2` (K, Tk), prompts of the examples `kept_rows` (K,), of which the stock
-                encoders read the first 77 positions. `taught`: a teacher's batch beside one of images. `pairs`: a
+                encoders read the first 77 positions. `restated_ids`, `restated_ids_2` (B, T): the images' captions
+                in other words. `taught`: a teacher's batch beside one of images. `pairs`: a
                 batch of `data.batches.Collator` for the recipe.
         """
         kept = self.keep(batch) if "kept_ids" in batch else None
@@ -415,6 +433,12 @@ def trained_of(parts: Parts, retrieval: TrainingStep | None = None) -> Iterator[
             if weight.requires_grad and id(weight) not in seen:
                 seen.add(id(weight))
                 yield f"{prefix}.{name}", weight
+
+
+def keep_start(parts: Parts) -> None:
+    """Keeps a copy of the long encoders as they are, which `restated_predictions` reads with."""
+    for place in parts.places.values():
+        place.start = copy.deepcopy(place.encoder).requires_grad_(False).eval()
 
 
 def share_tower(model: FineLIPModel, encoder: TextEncoder) -> None:
@@ -459,8 +483,10 @@ def prepare_frozen(parts: Parts, device: torch.device, dtype: torch.dtype) -> No
     for place in parts.places.values():
         place.stock.to(device)
         place.encoder.to(device, torch.float32)
+        if place.start is not None:
+            place.start.to(device)
         if stepwise:
-            for encoder in (place.stock, place.encoder):
+            for encoder in filter(None, (place.stock, place.encoder, place.start)):
                 encoder.set_attn_implementation("eager")
     if stepwise:
         parts.unet.set_attn_processor(AttnProcessor())

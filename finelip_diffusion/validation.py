@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .files import writing
-from .scenes import Caption, describe, findings, read, sample_scene, telling
+from .scenes import Caption, describe, findings, read, sample_for, telling
 
 Counts = list[list[int]]
 """For each prompt: facts found and facts stated before token 77, and the same after it."""
@@ -22,15 +22,16 @@ def prompts_of(file: Path | None, number: int, data: str) -> list[str]:
     Args:
         file: UTF-8, a prompt a line; None is scenes.
         number: How many, at most.
-        data: What is trained on; `scenes:WORDING` gives the wording.
+        data: What is trained on; `scenes:WORDING` gives the wording, or several between commas, in turn.
 
     Raises:
         ValueError: If the file cannot be read or is empty.
     """
     if file is None:
         world, _, wording = data.partition(":")
-        told = telling(wording) if world == "scenes" and wording else {}
-        return [describe(sample_scene(seed, "test"), seed, **told) for seed in range(number)]
+        names = wording.split(",") if world == "scenes" and wording else ["sentences"]
+        told = [(seed, names[seed % len(names)]) for seed in range(number)]
+        return [describe(sample_for(name, seed, "test"), seed, **telling(name)) for seed, name in told]
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -24,7 +24,7 @@ CONDITIONS = [
 @pytest.mark.parametrize(
     ("key", "label", "group"),
     [
-        ("found_behind", "found after token 77", comparison.LONG),
+        ("found_after", "found after token 77", comparison.LONG),
         ("clip_score/long_clip", "CLIPScore, judged by long_clip", comparison.LONG),
         ("short_clip_score/clip", "CLIPScore, judged by clip", comparison.SHORT),
         ("fid", "Frechet distance, Inception", comparison.LIKENESS),

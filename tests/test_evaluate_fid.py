@@ -79,9 +79,9 @@ def test_the_report_has_every_figure_with_its_interval_and_its_difference(straig
     own = found["conditions"]["base/finelip"]["figures"]
     assert own.keys() == {
         "effnet_fd", "effnet_kid", "effnet_fd/reconstructed", "effnet_kid/reconstructed",
-        "found_before", "found_behind", "uncalled", "background", "clip_score/clip", "den_score/clip",
+        "found_before", "found_after", "uncalled", "background", "clip_score/clip", "den_score/clip",
         "den_score_debiased/clip",
-        "listening_before/clip", "listening_behind/clip", "short_found", "short_background", "short_clip_score/clip",
+        "listening_before/clip", "listening_after/clip", "short_found", "short_background", "short_clip_score/clip",
         "change", "change_inside", "state_drift", "prediction_drift",
     }  # fmt: skip
     assert own.keys() == found["figures"].keys()
@@ -91,7 +91,7 @@ def test_the_report_has_every_figure_with_its_interval_and_its_difference(straig
         if key not in ("change_inside", "state_drift", "prediction_drift"):  # the baseline has none
             assert figure["difference"] is not None, key
     assert any("too few" in text for text in found["warnings"])  # 6 images for 1,280 features
-    for name in ("found_behind", "listening_behind/clip"):
+    for name in ("found_after", "listening_after/clip"):
         base = found["conditions"]["base/truncate"]["figures"][name]["value"]
         assert own[name]["difference"]["value"] == pytest.approx(own[name]["value"] - base, abs=1e-9)
 
@@ -236,8 +236,8 @@ def test_captioned_images_and_a_model_of_ones_own(
     assert len(skipped) == 1
     assert "4.png" in skipped[0]["name"] or "unreadable" in skipped[0]["reason"]
     own = found["conditions"]["own/ours"]["figures"]
-    assert "found_behind" not in own  # no reader for these
-    assert own["listening_behind/clip"]["n"] > 10
+    assert "found_after" not in own  # no reader for these
+    assert own["listening_after/clip"]["n"] > 10
     assert own["change_inside"]["value"] is None
     changed = found["changes"][0]
     assert changed["before"] != changed["after"]

@@ -64,8 +64,8 @@ def test_a_prompt_set_is_drawn_asked_and_laid_out(dpg: tuple[dict, Path], vision
     report, root = dpg
     own = report["conditions"]["base/chunk"]["figures"]
     assert own.keys() == {
-        "vqa/vqa", "vqa_before/vqa", "vqa_behind/vqa", "soft/vqa", "soft_gm/vqa", "vqa_score/vqa", "clip_score/clip",
-        "den_score/clip", "den_score_debiased/clip", "listening_before/clip", "listening_behind/clip",
+        "vqa/vqa", "vqa_before/vqa", "vqa_after/vqa", "soft/vqa", "soft_gm/vqa", "vqa_score/vqa", "clip_score/clip",
+        "den_score/clip", "den_score_debiased/clip", "listening_before/clip", "listening_after/clip",
     }  # fmt: skip
     assert report["prompts"]["n"] == 3
     assert own["vqa/vqa"]["n"] == 12
@@ -104,8 +104,8 @@ def test_pictures_of_scenes_are_judged_beside_the_reader(
         "--vqa", f"vqa={vision}", "--features", "clip_fd=bundled/clip", "--output_dir", tmp_path,
     )  # fmt: skip
     own = report["conditions"]["base/truncate"]["figures"]
-    facts = own["found_before"]["n"] + own["found_behind"]["n"]
-    assert own["vqa_before/vqa"]["n"] + own["vqa_behind/vqa"]["n"] == 3 * facts
+    facts = own["found_before"]["n"] + own["found_after"]["n"]
+    assert own["vqa_before/vqa"]["n"] + own["vqa_after/vqa"]["n"] == 3 * facts
     assert own["judge_no/vqa"]["n"] >= 2 * facts  # noise shows next to nothing
     assert "short_vqa/vqa" in own
     assert set(report["conditions"]["base/truncate"]["breakdowns"]["vqa/vqa"]) == {"color", "shape", "size"}

@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all, by every library that writes them."""
+"""Files and folders are written atomically, by every library that writes them."""
 
 import os
 import resource

@@ -193,6 +193,35 @@ def test_sdxl_is_taught_by_prompts_alone(stable_diffusion_xl_folder: Path, data:
     assert len(list((data / "cache").glob("trajectories-*"))) == 1
 
 
+def test_an_encoder_learns_other_words_for_pictures_that_it_draws(
+    script: ModuleType, stable_diffusion_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    """From a list of the same images in other words; two updates and a resumed one are three."""
+    lines = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    plain = [line | {"file_name": str(data / line["file_name"]), "text": f"plain words {number}"}
+             for number, line in enumerate(lines)]  # fmt: skip
+    long = [line | {"file_name": str(data / line["file_name"])} for line in lines]
+    for name, rows in (("plain", plain), ("long", long), ("fewer", plain[1:]), ("turned", plain[::-1])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    terms = ("restated_predictions=1", "kept_states=1")
+    flags = {"restated_data": tmp_path / "plain.jsonl", "num_validation_prompts": 0, "max_train_steps": 3}
+    for folder, more in ((tmp_path / "one", {}), (tmp_path / "two", {"resume_from_checkpoint": "latest"})):
+        if more:
+            shutil.copytree(tmp_path / "one" / "checkpoint-2", folder / "checkpoint-2")
+        tune(stable_diffusion_folder, tmp_path / "long.jsonl", folder, terms, **flags | more, cache_dir=tmp_path / "c")
+    assert_same(tmp_path / "one", tmp_path / "two")
+    stock, tuned = weights_of(stable_diffusion_folder), weights_of(tmp_path / "one")
+    name = "encoder.layers.3.mlp.fc1.weight"
+    assert (tuned[name] - stock[name]).abs().max() > 1e-4
+    for other in ("fewer", "turned"):
+        with pytest.raises(ValueError, match="is not of the images of --train_data, in the same order"):
+            script.main(script.Arguments(
+                output_dir=tmp_path / "out", pretrained_model_name_or_path=str(stable_diffusion_folder),
+                train_data=str(tmp_path / "long.jsonl"), restated_data=str(tmp_path / f"{other}.jsonl"),
+                terms=["restated_predictions=1"], report_to="none", train_batch_size=2, cache_dir=tmp_path / "c",
+            ))  # fmt: skip
+
+
 def test_a_recipe_goes_along_and_its_model_still_retrieves(data: Path, tmp_path: Path) -> None:
     """On the bundled model: FineLIP's loss with heads that are drawn anew, and a term that keeps the stock space."""
     tune(BUNDLED_MODEL, data, tmp_path, ("denoising=1", "finelip_sparc=0.1", "teacher_predictions=1"),
@@ -230,6 +259,8 @@ def script() -> ModuleType:
         ({"terms": ["kept_states=1"], "train": ["unet_lora"]}, "has nothing that trains unet_lora: give denoising"),
         ({"train": ["unet"]}, "--train is unet: choose among text_encoder, unet_lora"),
         ({"encoders": ["text_encoder", "text_encoder"]}, "each once"),
+        ({"terms": ["restated_predictions=1"]}, "--restated_data and the term restated_predictions need each other"),
+        ({"restated_data": "scenes"}, "--restated_data and the term restated_predictions need each other"),
         ({"teacher": "paraphrase"}, "--teacher is paraphrase: give segment, chunk, or a share"),
         ({"teacher": "1"}, "--teacher is 1: give segment"),
         ({"padded_batches": 1.5}, "--padded_batches is 1.5, but a share lies in 0..1"),
@@ -266,7 +297,7 @@ def flux(tmp_path: Path) -> None:
 
 def test_presets_are_read_and_described(script: ModuleType, data: Path, tmp_path: Path) -> None:
     """`--dry_run` of each preset says what is trained and what memory it takes, and writes nothing."""
-    for preset in ("scenes", "sd15", "sdxl"):
+    for preset in ("scenes", "reword", "sd15", "sdxl"):
         values = read_preset(["--preset", preset], script.PRESETS, script.Arguments)
         script.Arguments(output_dir=tmp_path / "none", **values)
     done = scripts.run(SCRIPT, "--preset", "sd15", "--pretrained_model_name_or_path", BUNDLED_MODEL, "--output_dir",

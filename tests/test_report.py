@@ -58,7 +58,7 @@ def report(tmp_path: Path) -> dict[str, Any]:
                 "about": f"what {encoder} does",
                 "figures": {
                     "distance": figure(40 - 10 * found, None if base is None else 39.9, 1.5),
-                    "found_behind": figure(found + gain * place, base),
+                    "found_after": figure(found + gain * place, base),
                     "short": figure(0.96 - 0.005 * place, None if base is None else 0.96),
                 },
                 "curves": {"found": curve(0.97, 0.95, found, None if encoder == "chunk" else found / 2)},
@@ -82,7 +82,7 @@ def report(tmp_path: Path) -> dict[str, Any]:
         },
         "figures": {
             "distance": {"label": "Frechet distance", "group": "Likeness", "better": "lower", "digits": 1},
-            "found_behind": about | {"label": "found after token 77"},
+            "found_after": about | {"label": "found after token 77"},
             "short": about | {"label": "found | short", "group": "Short prompts"},
         },
         "baseline": "truncate",
@@ -199,7 +199,7 @@ def test_what_is_missing_is_left_out(report: dict, tmp_path: Path) -> None:
 
 def test_a_report_without_its_baseline_compares_nothing(report: dict, tmp_path: Path) -> None:
     report["conditions"] = {key: one for key, one in report["conditions"].items() if one["encoder"] == "long"}
-    report["conditions"]["base/long"]["figures"]["found_behind"]["difference"] = None
+    report["conditions"]["base/long"]["figures"]["found_after"]["difference"] = None
     report["examples"] = report["changes"] = []
     _, text, _ = written(report, tmp_path)
     assert "| base | long $encoder$ | **0.640** [0.620, 0.660] |  | 200 |" in text

@@ -73,7 +73,7 @@ def test_folders_get_the_figures_of_an_evaluation(both: tuple[dict, Path], root:
     own = figures(report, "right")
     assert own.keys() == {
         "clip_score/clip", "den_score/clip", "den_score_debiased/clip", "listening_before/clip",
-        "listening_behind/clip", "vqa_score/vqa", "vqa_score_before/vqa", "vqa_score_behind/vqa", "clip_fd",
+        "listening_after/clip", "vqa_score/vqa", "vqa_score_before/vqa", "vqa_score_after/vqa", "clip_fd",
         "clip_kid",
     }  # fmt: skip
     judge = load_judge("clip", str(BUNDLED_MODEL / "clip"))

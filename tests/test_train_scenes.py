@@ -18,7 +18,9 @@ from finelip_diffusion.scenes import IMAGE_SIZE, describe, render, sample_scene,
 from finelip_diffusion.tokenizer import clip_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "train_scenes.py"
-STEPS = ("autoencoder_steps", "image_steps", "clip_steps", "unet_steps", "long_clip_steps", "tune_steps")
+STEPS = (
+    "autoencoder_steps", "image_steps", "clip_steps", "unet_steps", "long_clip_steps", "tune_steps", "reword_steps",
+)  # fmt: skip
 SMALL = {
     "num_captions": 64,
     "num_latents": 64,
@@ -28,6 +30,8 @@ SMALL = {
     "unet_batch_size": 2,
     "tune_batch_size": 2,
     "tune_scenes": 4,
+    "reword_batch_size": 2,
+    "reword_scenes": 4,
 }
 
 

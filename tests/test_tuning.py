@@ -33,7 +33,7 @@ from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import Object, Scene, describe, render, sample_scene
 from finelip_diffusion.teaching import Prompts, TrajectoryDataset, make_teacher, write_trajectories
 from finelip_diffusion.text_encoder import text_layers
-from finelip_diffusion.tuning import STRETCHED, Parts, TuningStep, encode, load_parts, share_tower
+from finelip_diffusion.tuning import STRETCHED, Parts, TuningStep, encode, keep_start, load_parts, share_tower
 from finelip_diffusion.validation import Curve, counts_of, draw, prompts_of, recall
 
 
@@ -147,6 +147,30 @@ def test_terms_are_plain_loops(parts: Parts) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=name)  # sums in another order
+
+
+def test_other_words_are_held_to_the_picture_that_the_encoder_made_of_plain_ones(parts: Parts) -> None:
+    """Against a plain loop, after the encoder has moved; nothing to learn where both captions are one."""
+    keep_start(parts)
+    encoder, start = parts.places["text_encoder"].encoder.requires_grad_(True), parts.places["text_encoder"].start
+    step, batch = TuningStep(parts, {"restated_predictions": 2.0}), batch_of(parts)
+    assert start is not None and start is not encoder
+    assert step(batch | {"restated_ids": batch["input_ids"]})["restated_predictions"].item() == 0
+    with torch.no_grad():
+        text_layers(encoder)[0].mlp.fc2.weight.add_(0.1)
+    batch["restated_ids"] = batch["input_ids"].flip(0)[:, :80]
+    expected = []
+    for row in range(3):
+        t = batch["timesteps"][row]
+        noisy = parts.scheduler.add_noise(batch["latents"][row : row + 1], batch["noise"][row : row + 1], t[None])
+        states = encoder(batch["input_ids"][row : row + 1]), start(batch["restated_ids"][row : row + 1])
+        own, plain = (parts.unet(noisy, t, each.last_hidden_state).sample for each in states)
+        expected.append(F.mse_loss(own, plain))
+    found = step(batch)["restated_predictions"]
+    torch.testing.assert_close(found, 2 * torch.stack(expected).mean(), rtol=1e-5, atol=1e-7)
+    found.backward()
+    assert all(weight.grad is not None for weight in step.trained.values())
+    assert all(weight.grad is None for each in (start, parts.unet) for weight in each.parameters())
 
 
 def test_gradients_reach_the_encoder_alone(parts: Parts) -> None:
@@ -321,6 +345,10 @@ def test_a_batch_is_tokenized_as_diffusers_does_it(parts_xl: Parts) -> None:
         words = row[1 : row.index(tokenizers[0].eos_token_id)]
         whole = tokenizers[0](caption, add_special_tokens=False).input_ids
         assert 0 < len(words) <= 75 and any(whole[i : i + len(words)] == words for i in range(len(whole)))
+    restated = LatentCollator(tokenizers, 0.0, 0)([example | {"restated": "a dog"} for example in examples])
+    assert torch.equal(restated["restated_ids"][0], restated["restated_ids"][4]) and restated["longest_restated"] == 4
+    assert torch.equal(restated["input_ids"], batch["input_ids"])
+    assert restated["restated_ids_2"].shape == batch["input_ids_2"].shape
     left_out = LatentCollator(tokenizers, 1.0, 2)(examples)
     assert left_out["longest"] == 2 and not torch.equal(left_out["kept_ids"], batch["kept_ids"])
 

@@ -6,7 +6,20 @@ from dataclasses import replace
 import pytest
 
 from finelip_diffusion.data.datasets import ScenesDataset, open_dataset
-from finelip_diffusion.scenes import CHANGES, FAMILIES, Caption, Object, Scene, describe, noise, render, sample_scene
+from finelip_diffusion.scenes import (
+    CHANGES,
+    FAMILIES,
+    Caption,
+    Object,
+    Scene,
+    arranged,
+    describe,
+    noise,
+    read,
+    render,
+    sample_for,
+    sample_scene,
+)
 from finelip_diffusion.scenes.words import SYNONYMS, UNSEEN_PLACES, UNSEEN_SYNONYMS
 
 NAMES = [(split, name) for split, names in FAMILIES.items() for name in names]
@@ -20,7 +33,7 @@ def words_of(caption: Caption) -> list[str]:
 @pytest.mark.parametrize(("split", "name"), NAMES)
 def test_every_family_states_every_object_once_and_knows_where(split: str, name: str) -> None:
     for seed in range(60):
-        scene = sample_scene(seed, num_objects=(2, 9))
+        scene = sample_for(name, seed) if name == "unplaced" else sample_scene(seed, num_objects=(2, 9))
         caption = describe(scene, seed, wording=name, split=split)
         assert caption == describe(scene, seed, wording=name, split=split)
         assert sorted(fact.object for fact in caption.facts) == list(scene.objects)
@@ -28,10 +41,15 @@ def test_every_family_states_every_object_once_and_knows_where(split: str, name:
         for fact, text in zip(caption.facts, words_of(caption), strict=True):
             assert text == text.strip()
             for attribute in ("shape", "colour", "size"):
-                if name not in ("grouped", "pairs"):  # there, some of the three are said before
+                if name not in (
+                    "grouped",
+                    "pairs",
+                    "defaults",
+                    "respective",
+                ):  # there, some of the three are said before
                     names = SYNONYMS[attribute][getattr(fact.object, attribute)]
                     assert any(word in text.lower() for word in names)
-    assert len({str(describe(sample_scene(1), seed, wording=name, split=split)) for seed in range(20)}) == 20
+    assert len({str(describe(sample_for(name, 1), seed, wording=name, split=split)) for seed in range(20)}) == 20
 
 
 def test_what_is_said_of_one_object_changes_with_it() -> None:
@@ -40,8 +58,12 @@ def test_what_is_said_of_one_object_changes_with_it() -> None:
     other = Object(6, "circle", "blue", "large")
     for split, name in NAMES:
         scene = Scene("grey", (item, other))
+        changes = [{"shape": "cross"}, {"colour": "green"}, {"size": "large"}, {"cell": 0}]
+        if name == "unplaced":
+            scene, changes = arranged(scene), changes[:3]
+            item, other = scene.objects
         told = str(describe(scene, 5, wording=name, split=split))
-        for change in ({"shape": "cross"}, {"colour": "green"}, {"size": "large"}, {"cell": 0}):
+        for change in changes:
             assert str(describe(Scene("grey", (replace(item, **change), other)), 5, wording=name, split=split)) != told
 
 
@@ -51,7 +73,7 @@ def test_unseen_words_and_families_are_never_trained_on() -> None:
     found = {"train": 0, "unseen": 0}
     for split, name in NAMES:
         for seed in range(40):
-            found[split] += bool(held_out.search(describe(sample_scene(seed), seed, wording=name, split=split)))
+            found[split] += bool(held_out.search(describe(sample_for(name, seed), seed, wording=name, split=split)))
     assert found["train"] == 0
     assert found["unseen"] > 20
     synonyms = [word for values in SYNONYMS.values() for words in values.values() for word in words[1:]]
@@ -64,7 +86,8 @@ def test_any_wording_is_one_of_its_split() -> None:
     scene = sample_scene(3)
     for split, names in FAMILIES.items():
         told = {str(describe(scene, seed, wording="any", split=split)) for seed in range(80)}
-        by_name = {str(describe(scene, seed, wording=name, split=split)) for seed in range(80) for name in names}
+        able = [name for name in names if name != "unplaced"]  # these objects stand elsewhere
+        by_name = {str(describe(scene, seed, wording=name, split=split)) for seed in range(80) for name in able}
         assert len(told) == 80
         assert told <= by_name
 
@@ -85,9 +108,11 @@ def test_bad_wordings_are_refused_in_a_sentence(options: dict, words: str) -> No
 
 def test_captions_take_20_to_240_tokens(tokenizer) -> None:
     for split, name in NAMES:
-        texts = [str(describe(sample_scene(seed), seed, wording=name, split=split, noise=True)) for seed in range(100)]
+        scenes = [sample_for(name, seed) for seed in range(100)]
+        told = [describe(scene, seed, wording=name, split=split, noise=True) for seed, scene in enumerate(scenes)]
+        texts = [str(caption) for caption in told]
         lengths = [len(row) - 2 for row in tokenizer(texts).input_ids]
-        assert min(lengths) >= 20
+        assert min(lengths) >= (3 if name == "unplaced" else 20)
         assert sum(length > 246 for length in lengths) <= 2  # a 248-token encoder's start and end tokens aside
 
 
@@ -150,6 +175,44 @@ def test_training_draws_a_wording_of_its_own_each_time() -> None:
     assert dataset[3, 7] == dataset[3, 7]
     assert dataset[3].image_id == open_dataset("scenes", num_scenes=16)[3].image_id
     assert dataset[3].image == open_dataset("scenes", num_scenes=16)[3].image
+
+
+def test_several_wordings_take_turns_and_other_words_tell_the_same_pictures() -> None:
+    dataset = ScenesDataset(num_scenes=64, wording="all,rows", group_size=1)
+    plain = {index: {describe(dataset.scene(index), draw, wording="rows") for draw in range(30)} for index in (0, 5)}
+    for index, told in plain.items():
+        rows = sum(dataset[index, draw].caption in told for draw in range(30))
+        assert 5 < rows < 25
+    other = dataset.retold("sentences")
+    for index in range(64):
+        assert other[index, 3].image_id == dataset[index, 3].image_id
+        assert other[index, 3].caption == describe(dataset.scene(index), 3)
+    assert dataset[0, 1].caption != other[0, 1].caption
+
+
+def test_a_caption_without_places_is_told_only_of_a_scene_that_stands_as_it_means() -> None:
+    said = [(count, sample_for("unplaced", seed, split)) for count, split in ((0, "train"), (1, "test"))
+            for seed in range(60)]  # fmt: skip
+    for number, scene in said:
+        assert arranged(scene) == scene and scene.split == ("train", "test")[number]
+        assert read(render(scene)) == scene
+    assert {len(scene.objects) for _, scene in said} == {1, 2, 3, 4, 5}
+    alone = arranged(Scene("pink", (Object(7, "star", "red", "small"),)))
+    assert alone.objects[0].cell == 4
+    assert describe(alone, 1, wording="unplaced").facts[0].object.cell == 4
+    many = sample_scene(0, num_objects=(6, 9))
+    assert arranged(many) == many
+    for scene in (many, Scene("pink", (Object(7, "star", "red", "small"),))):
+        with pytest.raises(ValueError, match="one to five objects"):
+            describe(scene, wording="unplaced")
+    chosen = [describe(alone, seed, wording="any") == describe(alone, seed, wording="unplaced") for seed in range(60)]
+    assert 10 < sum(chosen) < 40
+    dataset = ScenesDataset(num_scenes=400, wording="all", group_size=1)
+    share = sum(dataset.scene(index) == sample_for("unplaced", index) for index in range(400)) / 400
+    assert 0.06 < share < 0.2
+    grouped = ScenesDataset(num_scenes=16, wording="unplaced")
+    assert all(arranged(grouped.scene(index)) == grouped.scene(index) for index in range(16))
+    assert len({grouped[index].image_id for index in range(16)}) > 8
 
 
 def test_plain_scenes_are_told_in_sentences_and_a_family_by_its_name() -> None:

@@ -106,7 +106,7 @@ class Arguments:
     max_train_steps: int = field(default=24, metadata={"help": "The updates of a run."})
     train_batch_size: int = field(default=40, metadata={"help": "The pairs, in groups of eight near-duplicates."})
     learning_rate: float = field(default=3e-5, metadata={"help": "The rate of all parameters of all recipes."})
-    mixed_precision: str = field(default="bf16", metadata={"help": "The precision of training: no or bf16."})
+    mixed_precision: str = field(default="no", metadata={"help": "The precision of training: no or bf16."})
     num_groups: int = field(default=24, metadata={"help": "The groups of eight in the gallery."})
     num_probe_captions: int = field(default=400, metadata={"help": "The captions of the probes. Half fit the probe."})
     num_short_prompts: int = field(default=100, metadata={"help": "The prompts on which drift is measured."})
@@ -186,10 +186,11 @@ def wanted_recipes(args: Arguments) -> tuple[dict[str, dict[str, Any]], list[Swe
 
 
 def fingerprint(*sources: str) -> str:
-    """Of the weights of folders and files: other weights, other runs."""
+    """Of the weights of folders and files: other weights, other runs. The bundled long encoder plays no part."""
     digest = hashlib.blake2b(digest_size=8)
     for source in map(Path, sources):
-        for file in sorted(source.rglob("*.safetensors")) if source.is_dir() else [source]:
+        files = sorted(source.rglob("*.safetensors")) if source.is_dir() else [source]
+        for file in (file for file in files if "finelip" not in file.relative_to(source).parts):
             digest.update(file.name.encode())
             digest.update(file.read_bytes() if file.is_file() else b"")
     return digest.hexdigest()
@@ -222,6 +223,7 @@ def run(name: str, content: dict[str, Any] | None, seed: int, gallery: SceneGall
     """Trains and measures one recipe with one seed, in this process; its output goes to logs/, its weights go away."""
     folder = args.output_dir / "work" / f"{name}-{seed}"
     log = args.output_dir / "logs" / f"{name}-{seed}.txt"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     for parent in (folder, log.parent):
         parent.mkdir(parents=True, exist_ok=True)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

@@ -133,7 +133,7 @@ def tables(report: dict) -> str:
 
 
 def write(report: dict, folder: Path) -> None:
-    """Writes the report as far as it goes, whole or not at all."""
+    """Writes the report as far as it goes, atomically."""
     for name, text in (("report.json", json.dumps(report)), ("report.md", tables(report))):
         with writing(folder / name) as part:
             part.write_text(text, encoding="utf-8")

@@ -9,6 +9,7 @@ one object without a place; `reading`, precision and recall of find_facts by fam
 prompt, `report.md` the tables. Intervals are 95% bootstrap intervals over prompts.
 """
 
+import itertools
 import json
 import logging
 from dataclasses import asdict, dataclass, field
@@ -35,6 +36,7 @@ from finelip_diffusion.scenes import (
     find_facts,
     findings,
     read,
+    sample_for,
     sample_scene,
     telling,
 )
@@ -86,32 +88,26 @@ def people() -> list[Caption]:
 
 def anywhere(args: Arguments) -> list[Caption]:
     """Prompts of one object that name no place."""
-    captions: list[Caption] = []
-    seed = args.first_seed
-    while len(captions) < args.num_prompts:
-        scene = sample_scene(seed, "test", (1, 1))
-        caption = describe(scene, seed, wording="casual")
-        if not caption.facts:
-            caption.facts = (Fact(scene.objects[0], 0, len(caption)),)
-            captions.append(caption)
-        seed += 1
-    return captions
+    scenes = ((sample_for("unplaced", seed, "test"), seed) for seed in itertools.count(args.first_seed))
+    alone = ((scene, seed) for scene, seed in scenes if len(scene.objects) == 1)
+    return [describe(*each, wording="unplaced") for each in itertools.islice(alone, args.num_prompts)]
 
 
 def rows_of(name: str, args: Arguments) -> dict[str, list[Caption]]:
     """Captions of each row of a set."""
     seeds = range(args.first_seed, args.first_seed + args.num_prompts)
-    scenes = [(sample_scene(seed, "test"), seed) for seed in seeds]
     if name == "people":
         return {"people's words": people()}
     if name == "anywhere":
         return {"one object, no place": anywhere(args)}
     if name == "changes":
-        return {change: [tell(*each) for each in scenes] for change, tell in CHANGES.items()}
+        return {change: [tell(sample_scene(seed, "test"), seed) for seed in seeds] for change, tell in CHANGES.items()}
     wordings = (
         ("sentences", "all", "unseen") if name == "splits" else [each for names in FAMILIES.values() for each in names]
     )
-    return {each: [describe(*scene, **telling(each)) for scene in scenes] for each in wordings}
+    return {
+        each: [describe(sample_for(each, seed, "test"), seed, **telling(each)) for seed in seeds] for each in wordings
+    }
 
 
 def drawn(pipe: FineLIPStableDiffusionPipeline, captions: list[Caption], args: Arguments, name: str) -> list[dict]:
@@ -164,7 +160,7 @@ def reading(args: Arguments) -> dict[str, dict[str, Any]]:
         for name in names:
             for noise in (False, True):
                 sets[f"{name}{', noise' if noise else ''}"] = [
-                    describe(sample_scene(seed, "test"), seed, wording=name, split=split, noise=noise)
+                    describe(sample_for(name, seed, "test"), seed, wording=name, split=split, noise=noise)
                     for seed in range(args.first_seed, args.first_seed + args.num_prompts)
                 ]
     sets["people's words"] = people()

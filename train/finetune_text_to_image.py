@@ -35,7 +35,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from finelip_diffusion.data.batches import Collator, make_loader
-from finelip_diffusion.data.datasets import CaptionDataset, ScenesDataset, SkipLog, open_dataset, stable_hash
+from finelip_diffusion.data.datasets import (
+    CaptionDataset,
+    RecordDataset,
+    ScenesDataset,
+    SkipLog,
+    open_dataset,
+    stable_hash,
+)
 from finelip_diffusion.data.latents import (
     BucketSampler,
     LatentCollator,
@@ -83,6 +90,7 @@ from finelip_diffusion.tuning import (
     TERMS,
     Parts,
     TuningStep,
+    keep_start,
     load_parts,
     prepare_frozen,
     retrieval_step,
@@ -154,6 +162,7 @@ class Arguments(RunFlags):
         default=0.5,
         metadata={"help": "The share of batches padded to the encoder's length. Others end at the longest caption."},
     )
+    length_bucketing: bool = field(default=False, metadata={"help": "Put captions of like length into one batch."})
     kept_every: int = field(
         default=4, metadata={"help": "Every so many examples have a short prompt for the terms that keep."}
     )
@@ -162,6 +171,13 @@ class Arguments(RunFlags):
         metadata={
             "help": "The data, as for --train_data, or a text file, whose captions the terms that keep are given: "
             "such as the stock encoder understands. The default is the captions that are trained on."
+        },
+    )
+    restated_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "The data, as for --train_data and of the same images in the same order, whose captions "
+            "restated_predictions reads with the encoder as it was: such as it understands."
         },
     )
     timestep_sampling: str = field(default="uniform", metadata={"help": "The timesteps: uniform or high_noise."})
@@ -228,6 +244,8 @@ class Arguments(RunFlags):
             given = getattr(self, name)
             if given is not None and (not given or set(given) - set(known) or len(set(given)) < len(given)):
                 raise ValueError(f"--{name} is {' '.join(given)}: choose among {', '.join(known)}, each once.")
+        if any(self.weights(stage).get("restated_predictions") for stage in self.train) != bool(self.restated_data):
+            raise ValueError("--restated_data and the term restated_predictions need each other: give both, or none.")
         self.teacher_settings  # noqa: B018  # refuses what is unknown before anything is loaded
         for stage in self.train:
             if not self.weights(stage):
@@ -379,7 +397,8 @@ def memory_of(parts: Parts, groups: list[dict[str, Any]], stage: str, args: Argu
         parts, max(1, rows), parts.places["text_encoder"].tokenizer.model_max_length, args.resolution, precision,
         args.gradient_checkpointing, args.lora_rank, args.unet_lora_rank if stage == "unet_lora" else None,
     )  # fmt: skip
-    encoders = [encoder for place in parts.places.values() for encoder in (place.encoder, place.stock)]
+    every = [encoder for place in parts.places.values() for encoder in (place.encoder, place.stock, place.start)]
+    encoders = [encoder for encoder in every if encoder is not None]
     frozen = sum(weight.numel() for weight in parts.unet.parameters())
     trained = sum(weight.numel() for group in groups for weight in group["params"])
     memory = training_memory(sum(weight.numel() for each in encoders for weight in each.parameters()), trained,
@@ -419,6 +438,29 @@ def open_captions(args: Arguments, source: str) -> CaptionDataset | Prompts:
     if isinstance(dataset, ScenesDataset):
         dataset.group_size = 1  # near-duplicates teach a contrastive loss, not this one
     return dataset
+
+
+def open_restated(args: Arguments, dataset: CaptionDataset) -> CaptionDataset | None:
+    """Other captions of the images of a dataset.
+
+    Raises:
+        ValueError: If they are of other images. One sentence.
+    """
+    if args.restated_data is None:
+        return None
+    world, _, wording = args.restated_data.partition(":")
+    if isinstance(dataset, ScenesDataset) and world == "scenes":
+        return dataset.retold(wording or "sentences")
+    other = open_captions(args, args.restated_data)
+    pair = (dataset, other)
+    if not all(isinstance(each, RecordDataset) for each in pair) or [
+        each.record(index).image_id for each in pair for index in range(len(each))
+    ] != 2 * [dataset.record(index).image_id for index in range(len(dataset))]:
+        raise ValueError(
+            f"--restated_data {args.restated_data} is not of the images of --train_data, in the same order: give a "
+            "list that differs from it in its captions alone."
+        )
+    return other
 
 
 def cached_latents(args: Arguments, parts: Parts, dataset: CaptionDataset, accelerator: Accelerator) -> Latents:
@@ -485,17 +527,20 @@ class Batches:
         kept: Any = None if args.kept_data is None else open_captions(args, args.kept_data)
         self.main = self.taught = self.pairs = None
         self.skipped: list[Any] = []
-        if weights.get("denoising"):
+        if weights.get("denoising") or weights.get("restated_predictions"):
             dataset = open_captions(args, args.train_data)
             if isinstance(dataset, Prompts):
+                by = "denoising" if weights.get("denoising") else "restated_predictions"
                 raise ValueError(
-                    f"--train_data {args.train_data} has no images, which denoising needs: leave it out of --terms, "
-                    "and give teacher_predictions."
+                    f"--train_data {args.train_data} has no images, which {by} needs: leave it out of --terms, and "
+                    "give teacher_predictions."
                 )
             latents = cached_latents(args, parts, dataset, accelerator)
             self.size, self.skipped = len(latents), latents.skipped
             collator = LatentCollator(tokenizers, args.empty_captions, keeps, STOCK_LENGTH)
-            self.main = self._loader(LatentDataset(dataset, latents, kept), latents.rows[:, 0], collator, first)
+            examples = LatentDataset(dataset, latents, kept, open_restated(args, dataset))
+            lengths = dataset.caption_lengths()[latents.indices] if args.length_bucketing else None
+            self.main = self._loader(examples, latents.rows[:, 0], collator, first, lengths)
         if weights.get("teacher_predictions"):
             trajectories = cached_trajectories(args, parts, accelerator)
             points = TrajectoryDataset(trajectories, kept, args.resolution)
@@ -507,13 +552,16 @@ class Batches:
             else:
                 self.taught = loader
         if self.main is None:
-            raise ValueError("--terms has neither denoising nor teacher_predictions, one of which makes the batches.")
+            raise ValueError(
+                "--terms has none of denoising, restated_predictions and teacher_predictions, which make the batches."
+            )
         if retrieval is not None:
             self.pairs = self._pairs(retrieval, first)
 
-    def _loader(self, dataset: Any, buckets: Any, collator: LatentCollator, first: int) -> Iterator[dict[str, Any]]:
+    def _loader(self, dataset: Any, buckets: Any, collator: LatentCollator, first: int,
+                lengths: Any = None) -> Iterator[dict[str, Any]]:  # fmt: skip
         sampler = BucketSampler(buckets, self.args.train_batch_size, self.args.seed, self.accelerator.process_index,
-                                self.accelerator.num_processes, first)  # fmt: skip
+                                self.accelerator.num_processes, first, lengths)  # fmt: skip
         return iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collator,
                                num_workers=self.args.dataloader_num_workers, generator=torch.Generator(),
                                pin_memory=self.accelerator.device.type == "cuda"))  # fmt: skip
@@ -561,8 +609,11 @@ class Batches:
 
     def _cut(self, batch: dict[str, Any], padded: bool) -> None:
         """Cuts a batch that is not padded at its longest caption."""
-        longest = longest_of_all(max(STOCK_LENGTH, batch["longest"]), self.accelerator.device)
-        lengths = {"input_ids": None if padded else longest, "kept_ids": None if padded and not self.cut_kept else 77}
+        device = self.accelerator.device
+        lengths: dict[str, int | None] = {"kept_ids": None if padded and not self.cut_kept else STOCK_LENGTH}
+        for name, longest in {"input_ids": "longest", "restated_ids": "longest_restated"}.items():
+            if longest in batch:
+                lengths[name] = None if padded else longest_of_all(max(STOCK_LENGTH, batch[longest]), device)
         for name, length in lengths.items():
             for key in (name, f"{name}_2"):
                 if key in batch:
@@ -700,8 +751,10 @@ def tune(stage: str, folder: Path, parts: Parts, args: Arguments) -> Tuned | Non
     accelerator = make_accelerator(replace(args, output_dir=folder),
                                    DistributedDataParallelKwargs(find_unused_parameters=True))  # fmt: skip
     set_seed(args.seed)
-    set_trained(stage, parts, args)
     weights = args.weights(stage)
+    if weights.get("restated_predictions"):
+        keep_start(parts)
+    set_trained(stage, parts, args)
     recipe = next((name for name in weights if name not in TERMS), None)
     retrieval = None if recipe is None else load_retrieval(recipe, parts, args)
     step = TuningStep(parts, {name: weight for name, weight in weights.items() if name in TERMS}, args.min_snr_gamma,

@@ -13,7 +13,9 @@ The stages follow the making of Stable Diffusion, then of FineLIP, then tune the
 4. `unet`: v-prediction on the latents, captions cut at 77 tokens.
 5. `long_clip`: positions stretched to 248, whole captions, the recipe `finelip_sparc`, by `finetune_encoder.py`.
 6. `tune`: the long encoder through the frozen UNet, by `finetune_text_to_image.py`.
-7. `bundle`: a copy of the folder in half precision, `OUTPUT_DIR/bundled`.
+7. `reword`: the same script again, its preset `reword`: captions in any words are held to the pictures that the
+   encoder makes of plain sentences.
+8. `bundle`: a copy of the folder in half precision, `OUTPUT_DIR/bundled`.
 
 A batch is a function of the seed and the step alone, so a stage that is stopped and started again sees what it would
 have seen. Each stage leaves a log for tensorboard, a picture, and its part of the pipeline folder `OUTPUT_DIR/model`.
@@ -81,13 +83,14 @@ FEW, MANY = (1, 3), (4, 9)  # numbers of objects
 SHARE_OF_FEW = 0.3
 PRESETS = Path(__file__).parent / "worlds"
 
-Stage = Literal["all", "captions", "autoencoder", "clip", "unet", "long_clip", "tune", "bundle"]
+Stage = Literal["all", "captions", "autoencoder", "clip", "unet", "long_clip", "tune", "reword", "bundle"]
 NEEDS = {  # what earlier stages must have left in the output folder
     "clip": ("captions",),
     "unet": ("captions", "model/vae", "model/text_encoder"),
     "long_clip": ("clip_model",),
     "tune": ("model/vae", "model/unet", "long_clip/text_encoder"),
-    "bundle": ("clip_model", "model/unet", "model/finelip/text_encoder"),
+    "reword": ("model/vae", "model/unet", "tune/text_encoder"),
+    "bundle": ("clip_model", "model/unet", "reword/text_encoder"),
 }
 
 
@@ -121,6 +124,9 @@ class Arguments:
     tune_steps: int = field(default=1700, metadata={"help": "The updates through the frozen UNet."})
     tune_batch_size: int = field(default=192, metadata={"help": "The scenes of its batch."})
     tune_scenes: int = field(default=24_000, metadata={"help": "The scenes that it is tuned on."})
+    reword_steps: int = field(default=1500, metadata={"help": "The updates in other words."})
+    reword_batch_size: int = field(default=48, metadata={"help": "The scenes of its batch."})
+    reword_scenes: int = field(default=12_000, metadata={"help": "The scenes that it is trained on."})
     checkpointing_steps: int = field(default=500, metadata={"help": "The steps between two checkpoints."})
     mixed_precision: str = field(default="bf16", metadata={"help": "The precision of autocast, no or bf16."})
     num_workers: int | None = field(
@@ -603,9 +609,26 @@ def train_tune(args: Arguments) -> None:
         freeze_token_embedding=True,
         **common_flags(args),
     )
+
+
+def train_reword(args: Arguments) -> None:
+    """Stage 7. What `tune` left is the teacher, of plain sentences, and the pupil, of all others."""
+    model = args.output_dir / "model"
+    run(
+        "finetune_text_to_image.py",
+        preset="reword",
+        pretrained_model_name_or_path=model,
+        finelip=args.output_dir / "tune",
+        output_dir=args.output_dir / "reword",
+        train_batch_size=args.reword_batch_size,
+        max_train_steps=args.reword_steps,
+        num_scenes=args.reword_scenes,
+        num_validation_prompts=min(48, args.reword_scenes // 4),
+        **common_flags(args),
+    )
     for part in ("text_encoder", "tokenizer"):
         with writing(model / "finelip" / part) as folder:
-            shutil.copytree(args.output_dir / "tune" / part, folder, dirs_exist_ok=True)
+            shutil.copytree(args.output_dir / "reword" / part, folder, dirs_exist_ok=True)
 
 
 def common_flags(args: Arguments) -> dict[str, object]:
@@ -631,7 +654,7 @@ def run(script: str, **flags: object) -> None:
 
 
 def write_bundle(args: Arguments) -> None:
-    """Stage 7. The same folder in half precision; the encoders share one table of the embeddings of words."""
+    """Stage 8. The same folder in half precision; the encoders share one table of the embeddings of words."""
     model = args.output_dir / "model"
     with writing(args.output_dir / "bundled") as bundled:
         shutil.copytree(model, bundled, dirs_exist_ok=True)
@@ -715,6 +738,7 @@ def main(args: Arguments) -> None:
         "unet": train_unet,
         "long_clip": train_long_clip,
         "tune": train_tune,
+        "reword": train_reword,
         "bundle": write_bundle,
     }
     for stage in stages if args.stage == "all" else (args.stage,):

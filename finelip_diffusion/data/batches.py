@@ -144,7 +144,7 @@ class _StreamBatches(IterableDataset[list[Example]]):
 class Collator:
     """Makes a batch of examples: pixels, token ids, and what the recipe draws of the captions.
 
-    Batches are as long as their longest caption; attention is causal, so padding behind it would change nothing.
+    Batches are as long as their longest caption; attention is causal, so padding after it would change nothing.
     Captions beyond `max_length` are cut in front of their end token and counted.
 
     Args:

@@ -37,7 +37,7 @@ def draw_captions(
             `"full"`: nothing.
             `"first_sentence"`: the text in front of the first ". ", or all of it (Long-CLIP's training code). A token
             counts where it begins, so a full stop that shares its token with a bracket stays.
-            `"debias"`: 1 to n - 1 of the n - 1 sentences behind the first, each number equally likely, in random order
+            `"debias"`: 1 to n - 1 of the n - 1 sentences after the first, each number equally likely, in random order
             (DeBias-CLIP, arXiv 2602.22419, sentence sampling). A caption of one sentence is that sentence.
             `"sub_captions"`: `number` runs of 1 to `longest` consecutive sentences, drawn independently of each other.
             `"merged_captions"`: the same, but half of those of several sentences are sentences from anywhere, in any
@@ -76,7 +76,7 @@ def draw_captions(
 
 
 def draw_padding(free: int, draw: int) -> int:
-    """How many of the `free` positions behind a short caption move in front of it, each number equally likely.
+    """How many of the `free` positions after a short caption move in front of it, each number equally likely.
 
     DeBias-CLIP's token padding: start token, padding, text, end token; it trains positions that short text never
     reaches.

@@ -3,6 +3,7 @@
 An example is a function of its index and of one integer, the draw; nothing here reads the global random state.
 """
 
+import copy
 import hashlib
 import itertools
 import json
@@ -19,7 +20,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from ..scenes import Scene, alterations, describe, render, sample_scene, telling, vary
+from ..scenes import Scene, alterations, describe, render, sample_for, sample_scene, telling, vary
 from .edits import rule_edits
 from .sources import (
     CAPTION_COLUMNS,
@@ -42,6 +43,7 @@ from .sources import (
 MAX_IN_A_ROW = 1000  # unusable examples after which a dataset gives up looking for the next good one
 FEW, MANY = (1, 3), (4, 9)  # numbers of objects in a scene
 SHARE_OF_FEW = 0.25
+SHARE_OF_ARRANGED = 0.12  # of scenes whose captions may leave places out
 GROUP_SIZE = 8  # a scene and its near-duplicates
 SHUFFLE_BUFFER = 5000  # examples of a stream that wait to be drawn, about half a shard
 MIN_SEEN = 1000  # examples of a stream before which its share of unusable ones means nothing
@@ -237,7 +239,9 @@ class ScenesDataset(CaptionDataset):
         seed: Which scenes.
         group_size: Pictures of a group; 1 for scenes that have nothing to do with each other.
         wording: How scenes are told: `"all"`, each draw in a training family of its own and with noise; `"unseen"`,
-            the same in families and words that no training caption has; or the name of one family, without noise.
+            the same in families and words that no training caption has; the name of one family, without noise; or
+            several of these between commas, one of which each draw chooses. Where places may be left unsaid (`"all"`
+            and `"unplaced"`), some or all scenes of at most five objects are `scenes.arranged`.
 
     Raises:
         ValueError: For an unknown split or wording.
@@ -252,8 +256,17 @@ class ScenesDataset(CaptionDataset):
         wording: str = "sentences",
     ) -> None:
         self.split, self.num_scenes, self.seed, self.group_size = split, num_scenes, seed, group_size
-        self._telling = telling(wording)
-        describe(self._base(0)[1], **self._telling)  # refuses an unknown split or wording
+        names = wording.split(",")
+        self._tellings = [telling(name) for name in names]
+        self._arranged = 1.0 if names == ["unplaced"] else SHARE_OF_ARRANGED if "all" in names else 0.0
+        for told in self._tellings:
+            describe(self._base(0)[1], **told)  # refuses an unknown split or wording
+
+    def retold(self, wording: str) -> "ScenesDataset":
+        """The same pictures, told in another wording, which leaves no places out."""
+        other = copy.copy(self)
+        other._tellings = [telling(name) for name in wording.split(",")]
+        return other
 
     def __len__(self) -> int:
         return self.num_scenes
@@ -261,6 +274,8 @@ class ScenesDataset(CaptionDataset):
     def _base(self, group: int) -> tuple[int, Scene]:
         seed = self.seed * 10_000_000 + group
         few = random.Random(f"few {seed}").random() < SHARE_OF_FEW
+        if random.Random(f"arranged {seed}").random() < self._arranged:
+            return seed, sample_for("unplaced", seed, self.split)
         return seed, sample_scene(seed, self.split, FEW if few else MANY)
 
     def scene(self, index: int) -> Scene:
@@ -270,12 +285,12 @@ class ScenesDataset(CaptionDataset):
         if not turn:
             return scene
         other = "exchange" if len(scene.objects) > 1 else "alter"
-        kind = "move" if turn <= self.group_size // 2 else other
+        kind = "move" if turn <= self.group_size // 2 and self._arranged < 1 else other
         return vary(scene, kind, self.group_size * seed + turn - 1)
 
     def read(self, index: int, draw: int) -> Example:
         scene = self.scene(index)
-        caption = str(describe(scene, draw, **self._telling))
+        caption = str(describe(scene, draw, **self._telling(draw)))
         edits = self._edits(scene, caption, draw) if self.with_edits else ()
         return Example(render(scene), caption, repr(scene), self.name(index), draw=draw, edits=edits)
 
@@ -284,7 +299,7 @@ class ScenesDataset(CaptionDataset):
 
         Only `"sentences"` can be told alike; other families are edited by rules.
         """
-        if self._telling["wording"] != "sentences":
+        if self._telling(draw)["wording"] != "sentences":
             return tuple(rule_edits(caption, draw))
         rng, edits = random.Random(f"edits {draw}"), []
         for item in scene.objects:
@@ -296,7 +311,10 @@ class ScenesDataset(CaptionDataset):
         return tuple(edits)
 
     def caption(self, index: int, draw: int) -> str:
-        return str(describe(self.scene(index), draw, **self._telling))
+        return str(describe(self.scene(index), draw, **self._telling(draw)))
+
+    def _telling(self, draw: int) -> dict[str, Any]:
+        return random.Random(f"wording {draw}").choice(self._tellings)
 
     def name(self, index: int) -> str:
         return f"scenes:{self.split}:{index}"

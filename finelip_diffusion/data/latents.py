@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..files import writing
+from .batches import BUCKET_WINDOW
 from .captions import draw_short_prompt
 from .datasets import CaptionDataset, stable_hash
 from .sources import Skip, Unusable
@@ -210,10 +211,17 @@ class LatentDataset(Dataset[dict[str, Any]]):
         dataset: Has the captions.
         latents: Of its images.
         kept: Has the captions for the terms that keep, taken around where it is the smaller; None is `dataset`.
+        restated: Has the same images' captions in other words; None leaves them out.
     """
 
-    def __init__(self, dataset: CaptionDataset, latents: Latents, kept: CaptionDataset | None = None) -> None:
-        self.dataset, self.latents, self.kept = dataset, latents, kept
+    def __init__(
+        self,
+        dataset: CaptionDataset,
+        latents: Latents,
+        kept: CaptionDataset | None = None,
+        restated: CaptionDataset | None = None,
+    ) -> None:
+        self.dataset, self.latents, self.kept, self.restated = dataset, latents, kept, restated
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -228,7 +236,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
             "kept": caption if self.kept is None else self.kept.caption(index % len(self.kept), draw),
             "time_ids": torch.from_numpy(self.latents.time_ids[number]),
             "draw": draw,
-        }
+        } | ({} if self.restated is None else {"restated": self.restated.caption(index, draw)})
 
 
 class LatentCollator:
@@ -254,7 +262,8 @@ class LatentCollator:
         Returns:
             What examples have of tensors, stacked: latents (B, C, h, w), time_ids (B, 6); input_ids (B, T) and
             input_ids_2, padded to the encoders' length; `longest`, tokens of the longest caption; `cut`, captions
-            that are longer than the encoders read; kept_rows (K,), the examples with kept prompts, and `kept_ids`
+            that are longer than the encoders read; with other captions of the images, `restated_ids` (B, T),
+            restated_ids_2 and `longest_restated`; kept_rows (K,), the examples with kept prompts, and `kept_ids`
             (K, T) and kept_ids_2, the empty prompt where the caption is left out.
         """
         draws = [example["draw"] for example in examples]
@@ -267,6 +276,10 @@ class LatentCollator:
         }
         lengths = self._tokens(batch, "input_ids", captions)
         batch["longest"], batch["cut"] = max(lengths), sum(n > self.tokenizers[0].model_max_length for n in lengths)
+        if "restated" in examples[0]:
+            restated = ["" if out else str(example["restated"])
+                        for out, example in zip(left_out, examples, strict=True)]  # fmt: skip
+            batch["longest_restated"] = max(self._tokens(batch, "restated_ids", restated))
         if self.kept_every:
             batch["kept_rows"] = torch.arange(0, len(examples), self.kept_every)
             kept = ["" if left_out[row] else str(examples[row]["kept"]) for row in batch["kept_rows"]]
@@ -309,12 +322,22 @@ class BucketSampler:
         seed: At least 0.
         rank, world_size: Which process of how many.
         first_step: Where to begin.
+        lengths: (N,) Sorts the examples of a bucket by length within windows of `BUCKET_WINDOW` joint batches.
 
     Raises:
         ValueError: If no bucket fills a joint batch.
     """
 
-    def __init__(self, buckets: np.ndarray, batch_size: int, seed: int, rank: int, world_size: int, first_step: int):
+    def __init__(
+        self,
+        buckets: np.ndarray,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        first_step: int,
+        lengths: np.ndarray | None = None,
+    ):
         joint = batch_size * world_size
         self.buckets = [members for bucket in np.unique(buckets)
                         if len(members := np.flatnonzero(buckets == bucket)) >= joint]  # fmt: skip
@@ -326,6 +349,7 @@ class BucketSampler:
             )
         self.left_out = len(buckets) - sum(len(members) for members in self.buckets)
         self.batch_size, self.joint, self.seed, self.rank, self.first_step = batch_size, joint, seed, rank, first_step
+        self.lengths = lengths
         self._epoch, self._order = -1, np.empty((0, 0), np.int64)
 
     def batch(self, step: int) -> list[tuple[int, int]]:
@@ -333,12 +357,19 @@ class BucketSampler:
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            rows = [rng.permutation(members)[: len(members) // self.joint * self.joint].reshape(-1, self.joint)
-                    for members in self.buckets]  # fmt: skip
+            drawn = [rng.permutation(members)[: len(members) // self.joint * self.joint] for members in self.buckets]
+            rows = [self._sorted(members).reshape(-1, self.joint) for members in drawn]
             self._epoch, self._order = epoch, rng.permutation(np.concatenate(rows))
         start = self.rank * self.batch_size
         numbers = self._order[place, start : start + self.batch_size].tolist()
         return [(number, stable_hash(self.seed, epoch, number)) for number in numbers]
+
+    def _sorted(self, members: np.ndarray) -> np.ndarray:
+        if self.lengths is None:
+            return members
+        window = BUCKET_WINDOW * self.joint
+        parts = np.split(members, range(window, len(members), window))
+        return np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = self.first_step

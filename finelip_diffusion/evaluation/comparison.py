@@ -64,24 +64,24 @@ RECONSTRUCTION = "reconstructed"
 _SENTENCE = "CLIPScore of each sentence with its own image less that with another prompt's"
 _QUESTIONS = "share of the set's questions answered right; what hangs on a failed one fails, too"
 _FIGURES = {  # in the order of the page: label, group, better, digits, note
-    "vqa_behind": ("questions after token 77", LONG, "higher", 3, _QUESTIONS),
+    "vqa_after": ("questions after token 77", LONG, "higher", 3, _QUESTIONS),
     "vqa_before": ("questions before token 77", LONG, "higher", 3, _QUESTIONS),
     "vqa": ("questions", LONG, "higher", 3, f"{_QUESTIONS}; mean over images"),
     "tiif": ("TIIF-Bench", LONG, "higher", 3, "questions answered right; mean over nine groups of types of prompts"),
     "soft": ("Soft-TIFA AM", LONG, "higher", 3, "mean probability of the right answers of an image"),
     "soft_gm": ("Soft-TIFA GM", LONG, "higher", 3, "geometric mean of the probabilities of an image"),
     "vqa_score": ("VQAScore", LONG, "higher", 3, "probability that the image shows the whole prompt"),
-    "vqa_score_behind": ("VQAScore of sentences after token 77", LONG, "higher", 3, "each sentence by itself"),
+    "vqa_score_after": ("VQAScore of sentences after token 77", LONG, "higher", 3, "each sentence by itself"),
     "vqa_score_before": ("VQAScore of sentences before token 77", LONG, "higher", 3, "each sentence by itself"),
-    "found_behind": ("found after token 77", LONG, "higher", 3, "of what a stock encoder does not read"),
+    "found_after": ("found after token 77", LONG, "higher", 3, "of what a stock encoder does not read"),
     "found_before": ("found before token 77", LONG, "higher", 3, "shape, colour and size right, in the right cell"),
-    "listening_behind": ("sentences after token 77", LONG, "higher", 2, _SENTENCE),
+    "listening_after": ("sentences after token 77", LONG, "higher", 2, _SENTENCE),
     "listening_before": ("sentences before token 77", LONG, "higher", 2, _SENTENCE),
     "clip_score": ("CLIPScore", LONG, "higher", 2, "100 x cosine of image and prompt"),
     "den_score": ("DenScore", LONG, "higher", 2, "100 x mean of the sentences' embeddings, times the image's"),
     "den_score_debiased": ("DenScore, debiased", LONG, "higher", 2, "what all prompts have in common kept to 0.3"),
     "preference": ("score of the whole prompt", LONG, "higher", 3, "cut where the model stops reading"),
-    "preference_behind": ("score of sentences after token 77", LONG, "higher", 3, "each sentence by itself"),
+    "preference_after": ("score of sentences after token 77", LONG, "higher", 3, "each sentence by itself"),
     "preference_before": ("score of sentences before token 77", LONG, "higher", 3, "each sentence by itself"),
     "background": ("background", LONG, "higher", 3, "share of images with the background that the prompt names"),
     "uncalled": ("objects not asked for", LONG, "lower", 3, "of the cells that the prompt leaves empty"),
@@ -157,12 +157,12 @@ class Findings:
     verdicts: dict[tuple[str, str], list[Verdicts]] = field(default_factory=dict)
 
     def add_points(self, name: str, points: list[list[tuple[int, float]]], sides: str | None = None) -> None:
-        """A curve, and under the name of `sides` what lies before token 77 and behind."""
+        """A curve, and under the name of `sides` what lies before token 77 and after it."""
         before, _, judge = (sides or name).partition("/")
         ending = f"/{judge}" if judge else ""
         self.points[name] = points
         self.values[f"{before}_before{ending}"] = _side(points, False)
-        self.values[f"{before}_behind{ending}"] = _side(points, True)
+        self.values[f"{before}_after{ending}"] = _side(points, True)
 
 
 @dataclass(frozen=True)
@@ -317,9 +317,9 @@ def together(prompts: Sequence[Prompt], values: Sequence[list[Any]]) -> list[lis
     return found
 
 
-def _side(points: Iterable[Sequence[tuple[int, float]]], behind: bool) -> list[list[float]]:
-    """Values of what ends behind what a stock encoder reads, or of the rest."""
-    return [[value for token, value in own if (token > STOCK_CONTENT_TOKENS) == behind] for own in points]
+def _side(points: Iterable[Sequence[tuple[int, float]]], after: bool) -> list[list[float]]:
+    """Values of what ends after what a stock encoder reads, or of the rest."""
+    return [[value for token, value in own if (token > STOCK_CONTENT_TOKENS) == after] for own in points]
 
 
 def distances(

@@ -340,7 +340,7 @@ def statistics_of(
 def save_features(
     images: Sequence[Source], extractor: Extractor, path: str | Path, batch_size: int = 32, num_workers: int = 0
 ) -> np.ndarray:
-    """Writes the features of images or files as .npy, whole or not at all; row i is image i.
+    """Writes the features of images or files as .npy, atomically; row i is image i.
 
     The other arguments are those of `extract`.
 

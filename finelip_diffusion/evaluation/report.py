@@ -33,7 +33,7 @@ Report = dict[str, Any]
 def write_report(report: Report, folder: Path) -> None:
     """Writes `report.json` (everything), `report.md` (the tables) and `report.html` (one page, pictures included).
 
-    Each file is written whole or not at all. The same report and pictures give the same bytes.
+    Each file is written atomically. The same report and pictures give the same bytes.
 
     Args:
         report: Plain data; `docs/report.md` in the repository says what it holds.

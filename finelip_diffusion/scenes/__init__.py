@@ -18,7 +18,7 @@ from .facts import (
     stock_border,
 )
 from .parsing import find_facts
-from .wordings import FAMILIES, describe, telling
+from .wordings import FAMILIES, arranged, describe, sample_for, telling
 from .words import PLACES, SIZE_WORDS
 from .world import (
     ATTRIBUTES,
@@ -58,6 +58,7 @@ __all__ = [
     "Scene",
     "advice",
     "alterations",
+    "arranged",
     "as_record",
     "cell_pictures",
     "describe",
@@ -66,6 +67,7 @@ __all__ = [
     "findings",
     "read",
     "render",
+    "sample_for",
     "sample_scene",
     "stock_border",
     "telling",

@@ -143,13 +143,7 @@ THANKS = ("", "", "", "thanks!", "thx", "that's it", "nothing else please", "tha
 
 def casual(t: Teller) -> str:
     """Somebody asks for a picture."""
-    if len(t.objects) == 1 and t.chance(0.35):  # without a place: anywhere will do
-        item = t.objects[0]
-        body = t.choice(("{a}", "draw {a}", "i want {a}", "just {a} please", "{look}", "a picture of {a}"))
-        parts = [body.format(a=a(t.look(item)), look=t.look(item))]
-    else:
-        parts = [t.told(REQUESTS, item) for item in t.objects]
-    parts = t.with_background(parts, BACKDROPS, (0.25, 0.6, 0.75))
+    parts = t.with_background([t.told(REQUESTS, item) for item in t.objects], BACKDROPS, (0.25, 0.6, 0.75))
     join = t.choice((". ", ", ", " and ", "; ", "! "))
     text = sentences(parts) if t.chance(0.5) else join.join(parts)
     return " ".join(filter(None, (t.choice(OPENINGS), text, t.choice(THANKS))))
@@ -297,6 +291,68 @@ def pairs(t: Teller) -> str:
     return sentences(t.with_background(parts, BACKDROPS))
 
 
+ASKED = (
+    ("what is {place}?", "{a}"), ("and {place}?", "{a}"), ("what do you see {place}?", "{a}"), ("{place}?", "{look}"),
+    ("Q: what belongs {place}?", "A: {a}"), ("what should go {place}?", "{a}"), ("{spot}?", "{a}, please"),
+    ("is there anything {place}?", "yes, {a}"), ("which shape is {place}?", "{a}"), ("where is {a}?", "{place}"),
+    ("where does {a} go?", "{place}"), ("where do you want {a}?", "{place}"),
+)  # fmt: skip
+
+
+def asked(t: Teller) -> str:
+    """Questions and their answers."""
+    pool, parts = t.rng.sample(ASKED, t.rng.randint(2, 4)), []
+    break_ = t.choice((" ", " ", "\n"))
+    for item in t.objects:
+        question, answer = t.choice(pool)
+        look, place, spot = t.look(item), t.place(item.cell), t.spot(item.cell)
+        told = [capital(part.format(a=a(look), look=look, place=place, spot=spot)) for part in (question, answer)]
+        parts.append(t.mark(item, break_.join(told)))
+    return break_.join(capital(part) + ("" if part[-1] in "?!." else ".")
+                       for part in t.with_background(parts, BACKDROPS))  # fmt: skip
+
+
+DEFAULTS = ("everything is {} unless I say otherwise", "all shapes are {} if nothing else is said",
+            "by default things are {}", "unless it says something else, each shape is {}")  # fmt: skip
+WITHOUT_SIZE = ("{look} {place}", "{place} there is {look}", "{place}: {look}", "{look} is {place}", "{place}, {look}",
+                "{look}, {corner}", "{spot} has {look}")  # fmt: skip
+
+
+def defaults(t: Teller) -> str:
+    """The size of most is said once, before; an object whose size is another says so."""
+    sizes = [item.size for item in t.objects]
+    usual, form = max(set(sizes), key=lambda size: (sizes.count(size), size)), t.choice(WITHOUT_SIZE)
+    parts = []
+    for item in t.objects:
+        size, colour, shape = t.words(item)
+        look = f"{colour} {shape}" if item.size == usual else f"{size} {colour} {shape}"
+        parts.append(t.mark(item, form.format(look=a(look), place=t.place(item.cell), corner=t.corner(item.cell),
+                                              spot=t.spot(item.cell))))  # fmt: skip
+    head = t.choice(DEFAULTS).format(t.word("size", usual))
+    return sentences([head, *t.with_background(parts, BACKDROPS)])
+
+
+def respective(t: Teller) -> str:
+    """Two or three objects at a time, their shapes, colors, sizes and places each in the order of the first."""
+    parts, objects = [], list(t.objects)
+    while objects:
+        some, objects = objects[: (count := t.rng.randint(2, 3))], objects[count:]
+        words = [t.words(item) for item in some]
+        first = t.choice(("colour", "size", "none"))
+        names = [{"colour": f"{colour} {shape}", "size": f"{size} {shape}", "none": shape}[first]
+                 for size, colour, shape in words]  # fmt: skip
+        rest = {"colour": [[size for size, _, _ in words]], "size": [[colour for _, colour, _ in words]],
+                "none": [[colour for _, colour, _ in words], [size for size, _, _ in words]]}[first]  # fmt: skip
+        at = listed([t.mark(item, t.place(item.cell)) for item in some])
+        if len(some) == 1:
+            parts.append(f"{a(names[0])}, {listed([each[0] for each in rest])}, {at}")
+            continue
+        what, looks = listed([a(name) for name in names]), ", ".join(listed(each) for each in rest)
+        parts.append(t.choice((f"{what} are {looks} respectively, and are {at}",
+                               f"there are {what}, in this order {looks}, {at}")))  # fmt: skip
+    return sentences(t.with_background(parts, BACKDROPS))
+
+
 VACANT = ("{spot} is empty", "nothing {place}", "{spot} stays empty", "there is nothing {place}", "leave {spot} blank",
           "{spot} is left free")  # fmt: skip
 
@@ -374,17 +430,25 @@ def tags(t: Teller) -> str:
     forms = t.choice(
         (("{look} {corner}",), ("{corner} {look}",), ("{look} {place}",), ("{look} {corner}", "{look} {place}"))
     )
-    if len(t.objects) == 1 and t.chance(0.35):
-        parts = [t.look(t.objects[0])]
-    else:
-        parts = [t.told(forms, item) for item in t.objects]
     parts = t.with_background(
-        parts, ("{background} background", "{background} backdrop", "plain {background} background")
+        [t.told(forms, item) for item in t.objects],
+        ("{background} background", "{background} backdrop", "plain {background} background"),
     )
     quality = t.rng.sample(QUALITY, t.rng.randint(8, 18) if t.chance(0.3) else t.rng.randint(0, 6))
     first = t.rng.randint(0, len(quality))
     text = t.choice((", ", ", ", ", ", " | ", "; ")).join([*quality[:first], *parts, *quality[first:]])
     return text + t.choice(("", "", "."))
+
+
+def strung(t: Teller) -> str:
+    """Bare words in an order of the caption's own."""
+    order, comma = t.rng.sample(range(4), 4), t.choice((", ", " ", " / ", " - ", ", "))
+    break_ = t.choice(("; ", "\n", ". ") if comma != " - " else ("\n", "; "))
+    parts = []
+    for item in t.objects:
+        words = (*t.words(item), t.corner(item.cell))
+        parts.append(t.mark(item, comma.join(words[place] for place in order)))
+    return break_.join(t.with_background(parts, ("{background} background", "background {background}")))
 
 
 EMPTY = ("nothing", "nothing", "empty", "an empty cell", "blank", "none", "a gap")
@@ -560,6 +624,30 @@ def _known(t: Teller, item: Object, told: Sequence[Object]) -> str:
     return f"the {item.colour} {item.shape} {places(item.cell)[0][0]}"
 
 
+# ---------------------------------------------------------------------------------------------------- without a place
+
+ARRANGED = {1: (4,), 2: (3, 5), 3: (3, 4, 5), 4: (0, 2, 6, 8), 5: (0, 2, 4, 6, 8)}
+"""Where objects stand whose places nobody says: one in the center, two or three in a row, four or five apart."""
+ALONE = (
+    "{}", "draw {}", "i want {}", "just {} please", "a picture of {}", "{}, please", "make {}", "can you draw {}?",
+    "an image of {}", "show me {}", "i'd like {}", "there is {}", "{}, centered composition", "{} and nothing else",
+)  # fmt: skip
+
+
+def unplaced(t: Teller) -> str:
+    """Objects without their places, in the order of their cells, of a scene in which they stand as `ARRANGED` says."""
+    article = t.chance(0.7)
+    looks = [t.look(item) for item in t.scene.objects]
+    told = [t.mark(item, a(look) if article else look) for item, look in zip(t.scene.objects, looks, strict=True)]
+    text = t.choice(ALONE).format(listed(told, t.choice(("and", "and", "and also")), ", "))
+    dice = t.rng.random()
+    if dice < 0.25:
+        text += f"{t.choice((' on', ' against', ' in front of', ' before'))} {a(t.background())} background"
+        return text if t.chance(0.5) else sentences([text])
+    parts = t.with_background([text], BACKDROPS, (0.2, 0.5, 0.5)) if dice < 0.75 else [text]
+    return sentences(parts) if t.chance(0.5) else t.choice((", ", ". ")).join(parts)
+
+
 # -------------------------------------------------------------------------------------------------- never trained on
 
 RECORDS = (
@@ -636,5 +724,10 @@ TRAINED: dict[str, Callable[[Teller], str]] = {
     "synonyms": varied,
     "followed": followed,
     "pairs": pairs,
+    "asked": asked,
+    "defaults": defaults,
+    "respective": respective,
+    "strung": strung,
+    "unplaced": unplaced,
 }
 UNSEEN: dict[str, Callable[[Teller], str]] = {"records": records, "story": story, "grouped": grouped}

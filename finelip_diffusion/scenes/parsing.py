@@ -9,6 +9,7 @@ from typing import Any
 
 from .atoms import ATTRIBUTES, CELLS, INSIDE, PLACED, WEAK, Atom, Scanner
 from .facts import Caption, Fact
+from .families import ARRANGED
 from .world import Object
 
 
@@ -30,8 +31,9 @@ def find_facts(text: str) -> Caption:
     """Finds what a text says of the bundled world, whoever wrote it.
 
     It reads sentences, several objects in one, lists, tags, rows and columns, relations to objects named before,
-    compass directions, numbered rows and columns, synonyms, and words with one typo. A fact needs a shape, a color, a
-    size and a place; what is not certain is left out.
+    compass directions, numbered rows and columns, questions with their answers, a size that holds for all, synonyms,
+    and words with one typo. A fact needs a shape, a color, a size and a place; what is not certain is left out. Where
+    a prompt of one to five objects names no place at all, they stand as `families.ARRANGED` says.
 
     Args:
         text: A prompt, such as a caption that somebody has changed.
@@ -41,8 +43,11 @@ def find_facts(text: str) -> Caption:
         own do.
     """
     caption, found, context = Caption(text), list[Fact](), _Context()
-    for segment in _segments(list(Scanner(text).atoms())):
+    atoms = list(Scanner(text).atoms())
+    context.anywhere = not any(atom.kind in (*PLACED, "half", "line") for atom in atoms)
+    for segment in _segments(atoms):
         found += _facts(segment, context)
+    found += _arranged(context.unplaced)
     cells = [fact.object.cell for fact in found]
     certain = [
         fact
@@ -56,9 +61,19 @@ def find_facts(text: str) -> Caption:
 
 @dataclass
 class _Context:
-    """Objects that have been told so far."""
+    """What has been told so far.
+
+    Attributes:
+        told: Objects.
+        size: What those have whose size is not said.
+        anywhere: Whether the whole text names no place.
+        unplaced: Objects without a place, of such a text.
+    """
 
     told: list[Object] = field(default_factory=list)
+    size: str | None = None
+    anywhere: bool = False
+    unplaced: list[Mention] = field(default_factory=list)
 
     def other(self, said: dict[str, Any]) -> Object | None:
         """The one that words speak of, if only one answers to them."""
@@ -71,15 +86,21 @@ class _Context:
 def _segments(atoms: Sequence[Atom]) -> Iterator[list[Atom]]:
     """Sentences, entries of lists; one that says of "it" how it looks goes with the one before."""
     segments: list[list[Atom]] = [[]]
+    asked = False
     for atom in atoms:
-        if atom.kind == "break":
-            segments.append([])
-        else:
+        if atom.kind != "break":
             segments[-1].append(atom)
+        elif atom.value == "?" and _is_half(segments[-1]):  # the answer has the other half
+            asked = True
+        elif not (asked and atom.value == "\n"):
+            segments.append([])
+        if atom.kind in (*ATTRIBUTES, *CELLS):
+            asked = False
     whole: list[Atom] = []
     for segment in segments:
         kinds = {atom.kind for atom in segment}
-        if kinds & {"colour", "size"} and kinds <= {"colour", "size", "word", "one"} and len(segment) < 14:
+        looks = kinds & {"colour", "size"} and kinds <= {"colour", "size", "word", "one"} and len(segment) < 14
+        if looks and not _usual_size(segment):
             whole += [atom for atom in segment if atom.kind != "one"]
         else:
             yield whole
@@ -87,8 +108,39 @@ def _segments(atoms: Sequence[Atom]) -> Iterator[list[Atom]]:
     yield whole
 
 
+def _is_half(atoms: Sequence[Atom]) -> bool:
+    """Whether a question names either a place or an object."""
+    kinds = [atom.kind for atom in atoms]
+    return sorted((kinds.count("shape"), sum(kind in CELLS for kind in kinds))) == [0, 1]
+
+
+def _usual_size(atoms: Sequence[Atom]) -> str | None:
+    """The size of all objects that say none, if that is what a sentence is about."""
+    values = {atom.value for atom in atoms if atom.kind in ("word", "empty")}
+    sizes = [atom.value for atom in atoms if atom.kind == "size"]
+    said = values & {"unless", "default", "otherwise"} or {"nothing", "else"} <= values
+    return sizes[0] if said and len(sizes) == 1 and not any(atom.kind == "shape" for atom in atoms) else None
+
+
+def _arranged(mentions: list[Mention]) -> list[Fact]:
+    """Facts of objects whose places a text leaves to the picture."""
+    facts = []
+    for cell, mention in zip(ARRANGED.get(len(mentions), ()), mentions, strict=False):
+        spans = [mention.noun, *mention.atoms]
+        start, end = min(atom.start for atom in spans), max(atom.end for atom in spans)
+        if len(mention.named) == 3 and not mention.wrong:
+            facts.append(Fact(Object(cell, **mention.named), start, end))
+    return facts if len(facts) == len(mentions) else []
+
+
 def _facts(atoms: list[Atom], context: _Context) -> list[Fact]:
     """Facts of one segment, a sentence or an entry of a list."""
+    words = {atom.value for atom in atoms if atom.kind == "word"}
+    if "respectively" in words or {"this", "order"} <= words:  # what belongs to what is not in the words' order
+        return []
+    if size := _usual_size(atoms):
+        context.size = size
+        return []
     atoms = _stated(atoms)
     mentions = {id(mention.noun): mention for mention in _mentions(atoms)}
     facts, part, line = list[Fact](), list[Atom](), None
@@ -215,6 +267,11 @@ def _is_head(atoms: Sequence[Atom], place: int, mention: Mention | None) -> bool
 def _line_facts(atoms: list[Atom], mentions: dict[int, Mention], line: Atom | None, context: _Context) -> list[Fact]:
     """Facts of what stands after the name of a row or column, or of a sentence without one."""
     own = [mentions[id(atom)] for atom in atoms if id(atom) in mentions]
+    for mention in own:
+        if context.size is not None:
+            mention.named.setdefault("size", context.size)
+    if context.anywhere and _are_listed(atoms, own):
+        context.unplaced += own
     halves = [atom for atom in atoms if atom.kind in ("half", "center")]
     places = [atom for atom in atoms if atom.kind in (PLACED if line is None else ("place", "relation"))]
     pairs: list[tuple[Mention, Atom | None, int | None]] = []
@@ -247,6 +304,15 @@ def _line_facts(atoms: list[Atom], mentions: dict[int, Mention], line: Atom | No
         spans = [mention.noun, *mention.atoms, *([place] if place is not None else [])]
         facts.append(Fact(item, min(atom.start for atom in spans), max(atom.end for atom in spans)))
     return facts
+
+
+def _are_listed(atoms: Sequence[Atom], mentions: Sequence[Mention]) -> bool:
+    """Whether nothing is said between mentions of how they stand to each other."""
+    said = [mention.noun for mention in mentions] + [atom for mention in mentions for atom in mention.atoms]
+    own = [place for place, atom in enumerate(atoms) if any(atom is each for each in said)]
+    between = atoms[own[0] : own[-1]] if own else []
+    joints = WEAK | {"a", "an", "also", "with", "well", "as", "together", "along", "of", "in", "is", "that", "size"}
+    return all(any(atom is each for each in said) or atom.value in joints for atom in between)
 
 
 def _paired(atoms: Sequence[Atom], mentions: list[Mention], places: list[Atom]) -> list[tuple[Mention, Atom]]:

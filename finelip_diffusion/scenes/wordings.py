@@ -1,14 +1,16 @@
 """Captions of scenes: a scene, told in words that a seed chooses, and which characters state what."""
 
+import itertools
 import random
 import re
+from dataclasses import replace
 from typing import Any
 
 from .facts import Caption, Fact
-from .families import CLOSE, OPEN, TRAINED, UNSEEN, Teller, preamble
+from .families import ARRANGED, CLOSE, OPEN, TRAINED, UNSEEN, Teller, preamble
 from .noise import disturbed
 from .words import COLUMNS, NUMBERS, PLACES, ROWS, SIZE_WORDS
-from .world import Object, Scene
+from .world import Object, Scene, sample_scene
 
 OPENINGS = (
     "The picture shows {number} {objects} on a {background} background.",
@@ -42,6 +44,7 @@ FAMILIES = {"train": ("sentences", *TRAINED), "unseen": tuple(UNSEEN)}
 """Names of the wording families: those of the training split, and those that no training caption is told in."""
 SPLITS = tuple(FAMILIES)
 SENTENCES_WEIGHT = 3  # how often "any" chooses the sentences, the others being 1
+UNPLACED_WEIGHT = 12  # and captions without places, where the objects of a scene stand as these mean
 PREAMBLES = 0.3  # share of captions that begin with sentences that say nothing, so that facts lie at any token
 
 
@@ -80,7 +83,8 @@ def describe(
         raise ValueError(f"The split of a wording is 'train' or 'unseen', not {split!r}.")
     if wording == "any":
         names = FAMILIES[split]
-        weights = [SENTENCES_WEIGHT if name == "sentences" else 1 for name in names]
+        special = {"sentences": SENTENCES_WEIGHT, "unplaced": UNPLACED_WEIGHT * _is_arranged(scene)}
+        weights = [special.get(name, 1) for name in names]
         wording = random.Random(f"family {seed} {scene}").choices(names, weights)[0]
     if wording == "sentences":
         caption = _in_sentences(scene, seed, like)
@@ -91,12 +95,42 @@ def describe(
         if tell is None:
             known = ", ".join((*FAMILIES["train"], *(FAMILIES["unseen"] if split == "unseen" else ())))
             raise ValueError(f"The wording {wording!r} is not one of the split {split!r}: choose any, {known}.")
+        if wording == "unplaced" and not _is_arranged(scene):
+            raise ValueError("The wording 'unplaced' tells a scene of one to five objects that arranged(scene) gives.")
         teller = Teller(scene, random.Random(f"{wording} {split} {scene} {seed}"), split)
         text = tell(teller)
-        if wording not in ("prose", "tags") and teller.chance(PREAMBLES):
+        if wording not in ("prose", "tags", "unplaced") and teller.chance(PREAMBLES):
             text = f"{preamble(teller.rng, teller.rng.randint(2, 5))} {text}"
         caption = _unmarked(text, scene)
     return disturbed(caption, seed) if noise else caption
+
+
+def arranged(scene: Scene) -> Scene:
+    """A scene whose objects, in the same order, stand where they stand if nobody says where: `families.ARRANGED`.
+
+    A scene of more than five objects stays as it is: with so many, somebody says where.
+    """
+    cells = ARRANGED.get(len(scene.objects), [item.cell for item in scene.objects])
+    return replace(scene, objects=tuple(replace(item, cell=cell)
+                                        for item, cell in zip(scene.objects, cells, strict=True)))  # fmt: skip
+
+
+def sample_for(wording: str, seed: int, split: str = "train") -> Scene:
+    """Draws a scene that a wording can tell: `sample_scene`, and for `"unplaced"` an arranged one of one to five.
+
+    Args:
+        wording: As for `telling`.
+        seed: Any integer.
+        split: `"train"` or `"test"`, of scenes.
+    """
+    if wording != "unplaced":
+        return sample_scene(seed, split)
+    drawn = (arranged(sample_scene(seed + turn * 10**9, split, (1, max(ARRANGED)))) for turn in itertools.count())
+    return next(scene for scene in drawn if scene.split == split)
+
+
+def _is_arranged(scene: Scene) -> bool:
+    return len(scene.objects) in ARRANGED and arranged(scene) == scene
 
 
 def telling(wording: str) -> dict[str, Any]:
