@@ -38,7 +38,7 @@ def exif(kind: str, comment: bytes = b"", **texts: str) -> bytes:
     """A JPEG or WebP with EXIF's UserComment, and texts in its first block."""
     data, content = Image.Exif(), BytesIO()
     if comment:
-        data.get_ifd(0x8769)[0x9286] = comment
+        data[0x8769] = {0x9286: comment}
     for tag, value in texts.items():
         data[int(tag[1:], 16)] = value
     Image.new("RGB", (8, 8)).save(content, kind, exif=data)

@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from test_sharding import needs_sharding
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline
 from finelip_diffusion.model import FineLIPModel
@@ -167,6 +168,7 @@ def test_two_processes_equal_one(smooth: Path, tmp_path: Path) -> None:
     assert_close(smooth, tmp_path / "two")
 
 
+@needs_sharding
 def test_a_sharded_run_that_is_killed_ends_as_one_process(smooth: Path, tmp_path: Path) -> None:
     """Killed after a checkpoint, and started again as docs/training.md says."""
     flags = flags_of(tmp_path, shard=True, train_batch_size=8, resume_from_checkpoint="latest", **SMOOTH)

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pytest
 import test_objective
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from finelip_diffusion.objective import TrainingStep
 from finelip_diffusion.sharding import Sharded, ShardedState, clip_norm
 
 ROWS = 3  # of a process
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
+needs_sharding = pytest.mark.skipif(OLD, reason="torch 2.6 cannot leave scalars whole: --shard says so")
 CLIP = 50.0  # below the norms of the first updates
 
 
@@ -75,6 +78,13 @@ def _three_updates_both_ways(rank: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.skipif(not OLD, reason="torch 2.7 and newer share out")
+def test_an_older_torch_is_told_what_it_lacks() -> None:
+    with pytest.raises(ValueError, match="--shard needs torch 2.7 or newer, and this is 2.6"):
+        Sharded(start())
+
+
+@needs_sharding
 def test_sharded_weights_train_as_whole_ones(tmp_path: Path) -> None:
     """Losses, norms, weights: the same sums in another order. Then one more update, from memory and from a file."""
     for rank, found in enumerate(in_two(_three_updates_both_ways, tmp_path)):

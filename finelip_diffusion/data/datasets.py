@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from ..scenes import Scene, alterations, describe, render, sample_for, sample_scene, telling, vary
+from ..scenes import Caption, Scene, alterations, describe, render, sample_for, sample_scene, telling, vary
 from .edits import rule_edits
 from .sources import (
     CAPTION_COLUMNS,
@@ -258,14 +258,15 @@ class ScenesDataset(CaptionDataset):
         self.split, self.num_scenes, self.seed, self.group_size = split, num_scenes, seed, group_size
         names = wording.split(",")
         self._tellings = [telling(name) for name in names]
+        self._like: ScenesDataset | None = None
         self._arranged = 1.0 if names == ["unplaced"] else SHARE_OF_ARRANGED if "all" in names else 0.0
         for told in self._tellings:
             describe(self._base(0)[1], **told)  # refuses an unknown split or wording
 
     def retold(self, wording: str) -> "ScenesDataset":
-        """The same pictures, told in another wording, which leaves no places out."""
+        """The same pictures in another wording; `"sentences"` say no background where this one's caption says none."""
         other = copy.copy(self)
-        other._tellings = [telling(name) for name in wording.split(",")]
+        other._tellings, other._like = [telling(name) for name in wording.split(",")], self
         return other
 
     def __len__(self) -> int:
@@ -290,7 +291,7 @@ class ScenesDataset(CaptionDataset):
 
     def read(self, index: int, draw: int) -> Example:
         scene = self.scene(index)
-        caption = str(describe(scene, draw, **self._telling(draw)))
+        caption = self.caption(index, draw)
         edits = self._edits(scene, caption, draw) if self.with_edits else ()
         return Example(render(scene), caption, repr(scene), self.name(index), draw=draw, edits=edits)
 
@@ -311,7 +312,14 @@ class ScenesDataset(CaptionDataset):
         return tuple(edits)
 
     def caption(self, index: int, draw: int) -> str:
-        return str(describe(self.scene(index), draw, **self._telling(draw)))
+        told = self._told(index, draw)
+        if self._like is not None and self._telling(draw)["wording"] == "sentences":
+            if self._like._told(index, draw).background is None:
+                return str(told)[told.facts[0].start :]  # without the opening
+        return str(told)
+
+    def _told(self, index: int, draw: int) -> Caption:
+        return describe(self.scene(index), draw, **self._telling(draw))
 
     def _telling(self, draw: int) -> dict[str, Any]:
         return random.Random(f"wording {draw}").choice(self._tellings)

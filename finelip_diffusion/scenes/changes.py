@@ -20,7 +20,7 @@ def _sentences(caption: Caption) -> tuple[str, list[tuple[str, Fact]]]:
     return caption[: starts[0] - 1], [(caption[start:stop], fact) for start, stop, fact in told]
 
 
-def _together(parts: list[tuple[str, Fact | None]], joint: str = " ") -> Caption:
+def _together(parts: list[tuple[str, Fact | None]], background: str | None, joint: str = " ") -> Caption:
     """Parts in one caption; a fact begins where its part does, after a bullet."""
     facts, length = [], 0
     for text, fact in parts:
@@ -29,7 +29,7 @@ def _together(parts: list[tuple[str, Fact | None]], joint: str = " ") -> Caption
             facts.append(Fact(fact.object, start, start + fact.end - fact.start))
         length += len(text) + len(joint)
     caption = Caption(joint.join(text for text, _ in parts))
-    caption.facts = tuple(facts)
+    caption.facts, caption.background = tuple(facts), background
     return caption
 
 
@@ -37,7 +37,7 @@ def reordered(caption: Caption, seed: int) -> Caption:
     """Its sentences in another order, the opening last."""
     opening, told = _sentences(caption)
     random.Random(f"order {seed}").shuffle(told)
-    return _together([*told, (opening, None)])
+    return _together([*told, (opening, None)], caption.background)
 
 
 def padded(caption: Caption, seed: int) -> Caption:
@@ -48,13 +48,13 @@ def padded(caption: Caption, seed: int) -> Caption:
     fillers = rng.sample(BETWEEN, len(told) // 2)
     for number, sentence in enumerate(told, 1):
         parts += [sentence, *([(fillers.pop(), None)] if number % 2 == 0 else [])]
-    return _together(parts)
+    return _together(parts, caption.background)
 
 
 def bulleted(caption: Caption) -> Caption:
     """As a list, a sentence a line."""
     opening, told = _sentences(caption)
-    return _together([(opening, None), *((f"- {text}", fact) for text, fact in told)], "\n")
+    return _together([(opening, None), *((f"- {text}", fact) for text, fact in told)], caption.background, "\n")
 
 
 CHANGES: dict[str, Callable[[Scene, int], Caption]] = {

@@ -24,9 +24,15 @@ class Fact:
 
 
 class Caption(str):
-    """A caption as plain text, with the facts it states in the order of the text."""
+    """A caption as plain text.
+
+    Attributes:
+        facts: What it states of objects, in the order of the text.
+        background: What `describe` has said of the background; None if nothing.
+    """
 
     facts: tuple[Fact, ...] = ()
+    background: str | None = None
 
 
 def advice(prompt: str) -> str | None:

@@ -25,6 +25,7 @@ class Teller:
         self.choice, self.chance = rng.choice, lambda share: rng.random() < share
         self.objects = rng.sample(scene.objects, len(scene.objects))
         self.at = {item.cell: item for item in scene.objects}
+        self.says_background = False
 
     def word(self, attribute: str, value: str) -> str:
         """A name of a value; a size has three plain ones."""
@@ -72,6 +73,7 @@ class Teller:
 
     def background(self) -> str:
         """Its color."""
+        self.says_background = True
         return self.word("background", self.scene.background)
 
     def told(self, templates: Sequence[str], item: Object) -> str:

@@ -67,6 +67,7 @@ def edited(caption: Caption, edits: Iterable[Edit]) -> Caption:
         return place + next(shift for end, shift in reversed(moves) if end <= place)
 
     changed.facts = tuple(Fact(fact.object, moved(fact.start), moved(fact.end)) for fact in caption.facts)
+    changed.background = caption.background
     return changed
 
 
@@ -83,6 +84,7 @@ def upper(caption: Caption) -> Caption:
 def _cased(caption: Caption, change: Callable[[str], str]) -> Caption:
     changed = Caption("".join(change(letter) if letter.isascii() else letter for letter in caption))
     changed.facts = caption.facts
+    changed.background = caption.background
     return changed
 
 

@@ -102,6 +102,7 @@ def describe(
         if wording not in ("prose", "tags", "unplaced") and teller.chance(PREAMBLES):
             text = f"{preamble(teller.rng, teller.rng.randint(2, 5))} {text}"
         caption = _unmarked(text, scene)
+        caption.background = scene.background if teller.says_background else None
     return disturbed(caption, seed) if noise else caption
 
 
@@ -192,5 +193,5 @@ def _in_sentences(scene: Scene, seed: int, like: Scene | None) -> Caption:
         facts.append(Fact(item, len(text) + 1, len(text) + 1 + len(fact)))
         text += " " + fact + rng.choice(ENDINGS)
     caption = Caption(text)
-    caption.facts = tuple(facts)
+    caption.facts, caption.background = tuple(facts), scene.background
     return caption
