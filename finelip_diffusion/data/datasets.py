@@ -313,9 +313,9 @@ class ScenesDataset(CaptionDataset):
 
     def caption(self, index: int, draw: int) -> str:
         told = self._told(index, draw)
-        if self._like is not None and self._telling(draw)["wording"] == "sentences":
-            if self._like._told(index, draw).background is None:
-                return str(told)[told.facts[0].start :]  # without the opening
+        like = self._like if self._telling(draw)["wording"] == "sentences" else None
+        if like is not None and like._told(index, draw).background is None:
+            return str(told)[told.facts[0].start :]  # without the opening
         return str(told)
 
     def _told(self, index: int, draw: int) -> Caption:
