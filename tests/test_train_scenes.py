@@ -19,7 +19,8 @@ from finelip_diffusion.tokenizer import clip_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "train_scenes.py"
 STEPS = (
-    "autoencoder_steps", "image_steps", "clip_steps", "unet_steps", "long_clip_steps", "tune_steps", "reword_steps",
+    "autoencoder_steps", "decoder_steps", "image_steps", "clip_steps", "unet_steps", "long_clip_steps", "tune_steps",
+    "reword_steps",
 )  # fmt: skip
 SMALL = {
     "num_captions": 64,

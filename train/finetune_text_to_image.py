@@ -468,7 +468,9 @@ def cached_latents(args: Arguments, parts: Parts, dataset: CaptionDataset, accel
     sizes = bucket_sizes(args.resolution) if args.aspect_ratio_buckets else [(args.resolution, args.resolution)]
     source = {"data": args.train_data.partition(":")[0] if isinstance(dataset, ScenesDataset) else args.train_data,
               "examples": len(dataset), "first": dataset.name(0), "last": dataset.name(len(dataset) - 1),
-              "seed": args.seed if isinstance(dataset, ScenesDataset) else None, "sizes": sizes}  # fmt: skip
+              "sizes": sizes}  # fmt: skip
+    if isinstance(dataset, ScenesDataset):
+        source |= {"seed": args.seed, "arranged": dataset.arranged_share}
     folder = (args.cache_dir or args.output_dir / "cache") / f"latents-{latents_key(parts.vae, **source)}"
     if not folder.exists() and accelerator.is_main_process:
         parts.vae.to(accelerator.device).float()

@@ -8,14 +8,15 @@ The stages follow the making of Stable Diffusion, then of FineLIP, then tune the
 
 1. `captions`: scenes in everyone's words, as tokens, by as many processes as there are cores.
 2. `autoencoder`: 144 x 144 pixels to 9 x 9 latents of 16 channels, and back.
-3. `clip`: a 77-token CLIP by InfoNCE. A batch holds groups of near-duplicates (same objects elsewhere; same places,
+3. `decoder`: the autoencoder's decoder alone, for sharper pictures of the same latents.
+4. `clip`: a 77-token CLIP by InfoNCE. A batch holds groups of near-duplicates (same objects elsewhere; same places,
    other attributes), without which text states forget places, and no UNet can put anything where the text says.
-4. `unet`: v-prediction on the latents, captions cut at 77 tokens.
-5. `long_clip`: positions stretched to 248, whole captions, the recipe `finelip_sparc`, by `finetune_encoder.py`.
-6. `tune`: the long encoder through the frozen UNet, by `finetune_text_to_image.py`.
-7. `reword`: the same script again, its preset `reword`: captions in any words are held to the pictures that the
+5. `unet`: v-prediction on the latents, captions cut at 77 tokens.
+6. `long_clip`: positions stretched to 248, whole captions, the recipe `finelip_sparc`, by `finetune_encoder.py`.
+7. `tune`: the long encoder through the frozen UNet, by `finetune_text_to_image.py`.
+8. `reword`: the same script again, its preset `reword`: captions in any words are held to the pictures that the
    encoder makes of plain sentences.
-8. `bundle`: a copy of the folder in half precision, `OUTPUT_DIR/bundled`.
+9. `bundle`: a copy of the folder in half precision, `OUTPUT_DIR/bundled`.
 
 A batch is a function of the seed and the step alone, so a stage that is stopped and started again sees what it would
 have seen. Each stage leaves a log for tensorboard, a picture, and its part of the pipeline folder `OUTPUT_DIR/model`.
@@ -83,8 +84,11 @@ FEW, MANY = (1, 3), (4, 9)  # numbers of objects
 SHARE_OF_FEW = 0.3
 PRESETS = Path(__file__).parent / "worlds"
 
-Stage = Literal["all", "captions", "autoencoder", "clip", "unet", "long_clip", "tune", "reword", "bundle"]
+Stage = Literal[
+    "all", "captions", "autoencoder", "decoder", "clip", "unet", "long_clip", "tune", "reword", "bundle"
+]  # fmt: skip
 NEEDS = {  # what earlier stages must have left in the output folder
+    "decoder": ("model/vae",),
     "clip": ("captions",),
     "unet": ("captions", "model/vae", "model/text_encoder"),
     "long_clip": ("clip_model",),
@@ -115,6 +119,7 @@ class Arguments:
     )
     autoencoder_steps: int = field(default=4000, metadata={"help": "The steps of the autoencoder."})
     autoencoder_batch_size: int = field(default=64, metadata={"help": "The scenes of its batch."})
+    decoder_steps: int = field(default=400, metadata={"help": "The further steps of its decoder, of 8 scenes each."})
     image_steps: int = field(default=300, metadata={"help": "The steps of the image tower."})
     clip_steps: int = field(default=2500, metadata={"help": "The steps of the text tower."})
     clip_groups: int = field(default=96, metadata={"help": "The groups of eight in a batch of either."})
@@ -124,8 +129,8 @@ class Arguments:
     tune_steps: int = field(default=1700, metadata={"help": "The updates through the frozen UNet."})
     tune_batch_size: int = field(default=192, metadata={"help": "The scenes of its batch."})
     tune_scenes: int = field(default=24_000, metadata={"help": "The scenes that it is tuned on."})
-    reword_steps: int = field(default=1500, metadata={"help": "The updates in other words."})
-    reword_batch_size: int = field(default=48, metadata={"help": "The scenes of its batch."})
+    reword_steps: int = field(default=2000, metadata={"help": "The updates in other words."})
+    reword_batch_size: int = field(default=32, metadata={"help": "The scenes of its batch."})
     reword_scenes: int = field(default=12_000, metadata={"help": "The scenes that it is trained on."})
     checkpointing_steps: int = field(default=500, metadata={"help": "The steps between two checkpoints."})
     mixed_precision: str = field(default="bf16", metadata={"help": "The precision of autocast, no or bf16."})
@@ -360,6 +365,40 @@ def train_autoencoder(args: Arguments) -> None:
     vae.save_pretrained(args.output_dir / "model" / "vae")
 
 
+def differences(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Of pixels from those above and from those to the left, (B, C, H - 1, W) and (B, C, H, W - 1)."""
+    return images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
+
+
+def train_decoder(args: Arguments) -> None:
+    """Stage 3. Absolute errors of pixels and of their differences, which leave flat areas flat and edges sharp.
+
+    Squared errors leave ripples that the eye hardly sees, and features for Frechet distances do.
+    """
+    folder = args.output_dir / "model" / "vae"
+    vae = AutoencoderKL.from_pretrained(folder)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    device = accelerator_of(args).device
+    paint, number = Painter(device), min(8, args.autoencoder_batch_size)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        first = 10_000_000 * (args.seed + 1) + number * step
+        scenes = [sample_scene(seed, num_objects=(1, 9)) for seed in range(first, first + number)]
+        images = paint(cell_numbers(scenes).to(device))
+        with torch.no_grad():
+            latents = vae.encode(images).latent_dist.mean
+        rebuilt = vae.decode(latents).sample.float()
+        pairs = zip(differences(rebuilt), differences(images), strict=True)
+        return {
+            "absolute": F.l1_loss(rebuilt, images),
+            "edges": 0.5 * torch.stack([F.l1_loss(*pair) for pair in pairs]).sum(),
+        }
+
+    fit("decoder", vae, loss_at, args.decoder_steps, 3e-4, args)
+    vae.to("cpu").save_pretrained(folder)
+
+
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """A CLIP of two narrow towers, its weights drawn so that words and positions are not drowned by the layers."""
     tower = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 256}
@@ -403,7 +442,7 @@ def infonce(one: Tensor, other: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 def train_clip(args: Arguments) -> None:
-    """Stage 3, as locked-image tuning does it: the image tower learns to tell scenes apart by their facts, then it is
+    """Stage 4, as locked-image tuning does it: the image tower learns to tell scenes apart by their facts, then it is
     locked, and the text tower learns to match it. Two fresh towers stay for long at telling backgrounds apart.
 
     Captions are cut at 77 tokens; scenes grow from few objects to many.
@@ -552,7 +591,7 @@ def draw_examples(pipe: StableDiffusionPipeline, file: Path, number: int) -> Non
 
 
 def train_unet(args: Arguments) -> None:
-    """Stage 4."""
+    """Stage 5."""
     model = args.output_dir / "model"
     vae = AutoencoderKL.load_config(model / "vae")
     unet = UNet2DConditionModel(
@@ -574,7 +613,7 @@ def train_unet(args: Arguments) -> None:
 
 
 def train_long_clip(args: Arguments) -> None:
-    """Stage 5. The words' embeddings stay as they are: both encoders share them in the bundle."""
+    """Stage 6. The words' embeddings stay as they are: both encoders share them in the bundle."""
     run(
         "finetune_encoder.py",
         recipe=LONG_CLIP_RECIPE,
@@ -594,7 +633,7 @@ def train_long_clip(args: Arguments) -> None:
 
 
 def train_tune(args: Arguments) -> None:
-    """Stage 6. The words' embeddings stay as they are, here, too."""
+    """Stage 7. The words' embeddings stay as they are, here, too."""
     model = args.output_dir / "model"
     run(
         "finetune_text_to_image.py",
@@ -612,7 +651,7 @@ def train_tune(args: Arguments) -> None:
 
 
 def train_reword(args: Arguments) -> None:
-    """Stage 7. What `tune` left is the teacher, of plain sentences, and the pupil, of all others."""
+    """Stage 8. What `tune` left is the teacher, of plain sentences, and the pupil, of all others."""
     model = args.output_dir / "model"
     run(
         "finetune_text_to_image.py",
@@ -654,7 +693,7 @@ def run(script: str, **flags: object) -> None:
 
 
 def write_bundle(args: Arguments) -> None:
-    """Stage 8. The same folder in half precision; the encoders share one table of the embeddings of words."""
+    """Stage 9. The same folder in half precision; the encoders share one table of the embeddings of words."""
     model = args.output_dir / "model"
     with writing(args.output_dir / "bundled") as bundled:
         shutil.copytree(model, bundled, dirs_exist_ok=True)
@@ -734,6 +773,7 @@ def main(args: Arguments) -> None:
     stages = {
         "captions": write_captions,
         "autoencoder": train_autoencoder,
+        "decoder": train_decoder,
         "clip": train_clip,
         "unet": train_unet,
         "long_clip": train_long_clip,

@@ -43,7 +43,7 @@ from .sources import (
 MAX_IN_A_ROW = 1000  # unusable examples after which a dataset gives up looking for the next good one
 FEW, MANY = (1, 3), (4, 9)  # numbers of objects in a scene
 SHARE_OF_FEW = 0.25
-SHARE_OF_ARRANGED = 0.12  # of scenes whose captions may leave places out
+SHARE_OF_ARRANGED = 0.25  # of scenes whose captions may leave places out
 GROUP_SIZE = 8  # a scene and its near-duplicates
 SHUFFLE_BUFFER = 5000  # examples of a stream that wait to be drawn, about half a shard
 MIN_SEEN = 1000  # examples of a stream before which its share of unusable ones means nothing
@@ -245,6 +245,9 @@ class ScenesDataset(CaptionDataset):
 
     Raises:
         ValueError: For an unknown split or wording.
+
+    Attributes:
+        arranged_share: Of scenes that are arranged.
     """
 
     def __init__(
@@ -259,7 +262,7 @@ class ScenesDataset(CaptionDataset):
         names = wording.split(",")
         self._tellings = [telling(name) for name in names]
         self._like: ScenesDataset | None = None
-        self._arranged = 1.0 if names == ["unplaced"] else SHARE_OF_ARRANGED if "all" in names else 0.0
+        self.arranged_share = 1.0 if names == ["unplaced"] else SHARE_OF_ARRANGED if "all" in names else 0.0
         for told in self._tellings:
             describe(self._base(0)[1], **told)  # refuses an unknown split or wording
 
@@ -275,7 +278,7 @@ class ScenesDataset(CaptionDataset):
     def _base(self, group: int) -> tuple[int, Scene]:
         seed = self.seed * 10_000_000 + group
         few = random.Random(f"few {seed}").random() < SHARE_OF_FEW
-        if random.Random(f"arranged {seed}").random() < self._arranged:
+        if random.Random(f"arranged {seed}").random() < self.arranged_share:
             return seed, sample_for("unplaced", seed, self.split)
         return seed, sample_scene(seed, self.split, FEW if few else MANY)
 
@@ -286,7 +289,7 @@ class ScenesDataset(CaptionDataset):
         if not turn:
             return scene
         other = "exchange" if len(scene.objects) > 1 else "alter"
-        kind = "move" if turn <= self.group_size // 2 and self._arranged < 1 else other
+        kind = "move" if turn <= self.group_size // 2 and self.arranged_share < 1 else other
         return vary(scene, kind, self.group_size * seed + turn - 1)
 
     def read(self, index: int, draw: int) -> Example:
