@@ -6,15 +6,17 @@ from pathlib import Path
 import pytest
 import scripts
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.scenes import IMAGE_SIZE
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train" / "evaluate_wordings.py"
 
 
 def test_the_report_has_every_prompt_and_its_share(tmp_path: Path) -> None:
-    flags = ["--num_prompts", 2, "--num_inference_steps", 8, "--sets", "splits", "anywhere"]
+    flags = ["--num_prompts", 2, "--num_inference_steps", 8, "--sets", "splits", "anywhere", "sample"]
     done = scripts.run(SCRIPT, "--output_dir", tmp_path, *flags, bare=True)
     assert done.returncode == 0, done.stderr[-2000:]
     sets = json.loads((tmp_path / "report.json").read_text())["sets"]
@@ -27,6 +29,7 @@ def test_the_report_has_every_prompt_and_its_share(tmp_path: Path) -> None:
             assert row["before"]["n"] + row["after"]["n"] == len(facts)
     assert sets["splits"]["sentences"]["found"]["value"] > 0.6  # what the bundled model was made for
     assert "| sentences |" in (tmp_path / "report.md").read_text()
+    assert Image.open(tmp_path / "sample.png").size == (5 * (2 * IMAGE_SIZE + 12), IMAGE_SIZE + 6)
 
 
 def test_another_unet_is_the_one_that_draws(tmp_path: Path) -> None:

@@ -5,19 +5,22 @@
 
 Sets: `splits`, held-out scenes in sentences, in any trained wording, in unseen wordings; `families`, each by itself;
 `changes`, one change at a time to the same captions; `people`, prompts that no generator wrote; `anywhere`,
-one object without a place; `reading`, precision and recall of find_facts by family. `OUTPUT_DIR/report.json` has every
-prompt, `report.md` the tables. Intervals are 95% bootstrap intervals over prompts.
+one object without a place; `reading`, precision and recall of find_facts by family; `sample`, a sheet of pictures with
+what the reader says of each, to be checked by eye. `OUTPUT_DIR/report.json` has every prompt, `report.md` the tables.
+Intervals are 95% bootstrap intervals over prompts.
 """
 
 import itertools
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -28,6 +31,7 @@ from finelip_diffusion.prompts import LongPrompt
 from finelip_diffusion.scenes import (
     CHANGES,
     FAMILIES,
+    IMAGE_SIZE,
     Caption,
     Fact,
     Object,
@@ -41,7 +45,7 @@ from finelip_diffusion.scenes import (
     telling,
 )
 
-SETS = ("splits", "families", "changes", "people", "anywhere", "reading")
+SETS = ("splits", "families", "changes", "people", "anywhere", "reading", "sample")
 PEOPLE = Path(__file__).resolve().parents[1] / "examples" / "peoples_words.json"
 
 
@@ -113,29 +117,54 @@ def rows_of(name: str, args: Arguments) -> dict[str, list[Caption]]:
 def drawn(pipe: FineLIPStableDiffusionPipeline, captions: list[Caption], args: Arguments, name: str) -> list[dict]:
     """Draws captions, and says of each prompt which of its facts are found."""
     rows = []
+    for caption, image in zip(captions, pictures(pipe, captions, args, name), strict=True):
+        shown_scene = read(image)
+        found: list[dict[str, Any]]
+        if name == "one object, no place":
+            wanted = caption.facts[0].object
+            looks = [(item.shape, item.colour, item.size) for item in shown_scene.objects]
+            found = [{"found": (wanted.shape, wanted.colour, wanted.size) in looks, "after": False}]
+        else:
+            found = [as_record(finding) for finding in findings(caption, shown_scene, pipe.tokenizer)]
+            for record, fact in zip(found, caption.facts, strict=True):
+                if not fact.object.size:
+                    record["found"] = bool(record["shape"] and record["colour"])
+        rows.append({"prompt": str(caption), "facts": found})
+    return rows
+
+
+def pictures(
+    pipe: FineLIPStableDiffusionPipeline, captions: list[Caption], args: Arguments, name: str
+) -> Iterator[Image.Image]:
+    """Draws captions, each from the noise of its own seed."""
     for first in tqdm(range(0, len(captions), args.batch_size), desc=name, mininterval=5):
         batch = captions[first : first + args.batch_size]
-        images = pipe(
+        yield from pipe(
             [str(caption) for caption in batch],
             long_prompt=args.long_prompt,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             generator=[torch.Generator().manual_seed(args.first_seed + first + i) for i in range(len(batch))],
         ).images
-        for caption, image in zip(batch, images, strict=True):
-            shown_scene = read(image)
-            found: list[dict[str, Any]]
-            if name == "one object, no place":
-                wanted = caption.facts[0].object
-                looks = [(item.shape, item.colour, item.size) for item in shown_scene.objects]
-                found = [{"found": (wanted.shape, wanted.colour, wanted.size) in looks, "after": False}]
-            else:
-                found = [as_record(finding) for finding in findings(caption, shown_scene, pipe.tokenizer)]
-                for record, fact in zip(found, caption.facts, strict=True):
-                    if not fact.object.size:
-                        record["found"] = bool(record["shape"] and record["colour"])
-            rows.append({"prompt": str(caption), "facts": found})
-    return rows
+
+
+def sheet(pipe: FineLIPStableDiffusionPipeline, args: Arguments) -> Image.Image:
+    """Pictures of trained and unseen wordings in turn, five a row, each beside what the reader says of its cells."""
+    captions, width, height = [], 2 * IMAGE_SIZE + 12, IMAGE_SIZE + 6
+    for seed in range(args.first_seed, args.first_seed + args.num_prompts):
+        name = ("unseen", "all")[seed % 2]
+        captions.append(describe(sample_scene(seed, "test"), seed, **telling(name)))
+    page = Image.new("RGB", (5 * width, -(-len(captions) // 5) * height), "white")
+    pen = ImageDraw.Draw(page)
+    for number, image in enumerate(pictures(pipe, captions, args, "sample")):
+        x, y = number % 5 * width, number // 5 * height
+        page.paste(image, (x, y))
+        scene = read(image)
+        pen.text((x + IMAGE_SIZE + 4, y), f"{args.first_seed + number} {scene.background}", fill="black")
+        for item in scene.objects:
+            place = (x + IMAGE_SIZE + 4 + item.cell % 3 * 50, y + 18 + item.cell // 3 * 42)
+            pen.text(place, f"{item.size}\n{item.colour}\n{item.shape}", fill="black", font_size=9)
+    return page
 
 
 def figures(rows: list[dict]) -> dict[str, Any]:
@@ -205,6 +234,9 @@ def main(args: Arguments) -> None:
     for name in args.sets:
         if name == "reading":
             report["sets"][name] = reading(args)
+        elif name == "sample":
+            with writing(args.output_dir / "sample.png") as file:
+                sheet(pipe, args).save(file, "PNG")
         else:
             results = {row: drawn(pipe, captions, args, row) for row, captions in rows_of(name, args).items()}
             report["sets"][name] = {row: figures(prompts) | {"prompts": prompts} for row, prompts in results.items()}

@@ -452,15 +452,14 @@ def open_restated(args: Arguments, dataset: CaptionDataset) -> CaptionDataset | 
     if isinstance(dataset, ScenesDataset) and world == "scenes":
         return dataset.retold(wording or "sentences")
     other = open_captions(args, args.restated_data)
-    pair = (dataset, other)
-    if not all(isinstance(each, RecordDataset) for each in pair) or [
-        each.record(index).image_id for each in pair for index in range(len(each))
-    ] != 2 * [dataset.record(index).image_id for index in range(len(dataset))]:
+    lists = [each for each in (dataset, other) if isinstance(each, RecordDataset)]
+    images = [[each.record(index).image_id for index in range(len(each))] for each in lists]
+    if len(lists) < 2 or images[0] != images[1]:
         raise ValueError(
             f"--restated_data {args.restated_data} is not of the images of --train_data, in the same order: give a "
             "list that differs from it in its captions alone."
         )
-    return other
+    return lists[1]
 
 
 def cached_latents(args: Arguments, parts: Parts, dataset: CaptionDataset, accelerator: Accelerator) -> Latents:
