@@ -74,7 +74,7 @@ _FIGURES = {  # in the order of the page: label, group, better, digits, note
     "vqa_score_after": ("VQAScore of sentences after token 77", LONG, "higher", 3, "each sentence by itself"),
     "vqa_score_before": ("VQAScore of sentences before token 77", LONG, "higher", 3, "each sentence by itself"),
     "found_after": ("found after token 77", LONG, "higher", 3, "of what a stock encoder does not read"),
-    "found_before": ("found before token 77", LONG, "higher", 3, "shape, colour and size right, in the right cell"),
+    "found_before": ("found before token 77", LONG, "higher", 3, "shape, color and size right, in the right cell"),
     "listening_after": ("sentences after token 77", LONG, "higher", 2, _SENTENCE),
     "listening_before": ("sentences before token 77", LONG, "higher", 2, _SENTENCE),
     "clip_score": ("CLIPScore", LONG, "higher", 2, "100 x cosine of image and prompt"),
