@@ -264,8 +264,7 @@ def teacher_predictions(step: "TuningStep", batch: Batch, kept: Kept | None) -> 
 def restated_predictions(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
     """What the UNet predicts for the same image's other caption, which the encoder understood before training.
 
-    In expectation over images the target of `denoising` is the same; its noise is left out, and so are its errors
-    put in. A caption in other words is understood once it makes the same picture.
+    In expectation over images that is the target of `denoising`, without its noise, with the errors of that reading.
     """
     start = [place.start for place in step.parts.places.values()]
     assert all(start), "keep_start comes first"

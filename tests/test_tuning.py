@@ -285,6 +285,20 @@ def test_buckets_have_one_area_and_the_nearest_ratio_wins() -> None:
         bucket_sizes(16)
 
 
+def test_captions_of_like_length_meet_and_an_epoch_has_the_same_examples() -> None:
+    buckets, lengths = np.repeat([0, 1], 60), np.random.default_rng(0).integers(1, 200, 120)
+    plain, alike = (BucketSampler(buckets, 6, 3, 0, 1, 0, each) for each in (None, lengths))
+    spread = []
+    for sampler in (plain, alike):
+        batches = [[number for number, _ in sampler.batch(step)] for step in range(20)]
+        assert sorted(number for batch in batches for number in batch) == list(range(120))
+        assert all(len({buckets[number] for number in batch}) == 1 for batch in batches)
+        spread.append(np.mean([np.ptp(lengths[batch]) for batch in batches]))
+    assert spread[1] < 0.3 * spread[0]
+    assert [alike.batch(step) for step in range(5)] == [BucketSampler(buckets, 6, 3, 0, 1, 0, lengths).batch(step)
+                                                        for step in range(5)]  # fmt: skip
+
+
 def test_an_image_covers_its_bucket() -> None:
     """What is left over is cut equally on both sides, and SDXL is told where."""
     image = Image.new("RGB", (40, 10), (255, 0, 0))

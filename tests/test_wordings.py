@@ -214,6 +214,8 @@ def test_a_caption_without_places_is_told_only_of_a_scene_that_stands_as_it_mean
     dataset = ScenesDataset(num_scenes=400, wording="all", group_size=1)
     share = sum(dataset.scene(index) == sample_for("unplaced", index) for index in range(400)) / 400
     assert 0.18 < share < 0.32
+    with pytest.raises(ValueError, match="'unplaced' needs scenes of its own"):
+        ScenesDataset(wording="all,unplaced")
     grouped = ScenesDataset(num_scenes=16, wording="unplaced")
     assert all(arranged(grouped.scene(index)) == grouped.scene(index) for index in range(16))
     assert len({grouped[index].image_id for index in range(16)}) > 8

@@ -244,7 +244,7 @@ class ScenesDataset(CaptionDataset):
             and `"unplaced"`), some or all scenes of at most five objects are `scenes.arranged`.
 
     Raises:
-        ValueError: For an unknown split or wording.
+        ValueError: For an unknown split or wording, or `"unplaced"` beside others.
 
     Attributes:
         arranged_share: Of scenes that are arranged.
@@ -260,6 +260,8 @@ class ScenesDataset(CaptionDataset):
     ) -> None:
         self.split, self.num_scenes, self.seed, self.group_size = split, num_scenes, seed, group_size
         names = wording.split(",")
+        if "unplaced" in names and len(names) > 1:
+            raise ValueError("The wording 'unplaced' needs scenes of its own: give it alone, or 'all', which has it.")
         self._tellings = [telling(name) for name in names]
         self._like: ScenesDataset | None = None
         self.arranged_share = 1.0 if names == ["unplaced"] else SHARE_OF_ARRANGED if "all" in names else 0.0

@@ -44,7 +44,7 @@ FAMILIES = {"train": ("sentences", *TRAINED), "unseen": tuple(UNSEEN)}
 """Names of the wording families: those of the training split, and those that no training caption is told in."""
 SPLITS = tuple(FAMILIES)
 SENTENCES_WEIGHT = 3  # how often "any" chooses the sentences, the others being 1
-UNPLACED_WEIGHT = 12  # and captions without places, where the objects of a scene stand as these mean
+UNPLACED_WEIGHT = 12  # and captions without places, of scenes that are arranged
 PREAMBLES = 0.3  # share of captions that begin with sentences that say nothing, so that facts lie at any token
 
 
