@@ -243,16 +243,15 @@ class Kept:
     noised: Noised
 
 
-Batch = Mapping[str, Any]
+Batch = dict[str, Any]
 
 
 def denoising(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
     """The UNet's own loss on whole captions."""
-    scheduler, noised = step.scheduler, step.noised(batch)
-    target = denoising_target(scheduler, batch["latents"], batch["noise"], noised.timesteps)
-    gamma = step.min_snr_gamma
-    weights = None if gamma is None else min_snr_weights(scheduler, noised.timesteps, gamma)
-    return squared_error(step.predict(noised, step.read(batch)), target, weights)
+    scheduler, timesteps, gamma = step.scheduler, batch["timesteps"], step.min_snr_gamma
+    target = denoising_target(scheduler, batch["latents"], batch["noise"], timesteps)
+    weights = None if gamma is None else min_snr_weights(scheduler, timesteps, gamma)
+    return squared_error(step.predicted(batch), target, weights)
 
 
 def teacher_predictions(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
@@ -270,7 +269,7 @@ def restated_predictions(step: "TuningStep", batch: Batch, kept: Kept | None) ->
     assert all(start), "keep_start comes first"
     with torch.no_grad(), step.without_adapters():
         target = step.predict(step.noised(batch), step.read(batch, "restated_ids", start))
-    return squared_error(step.predict(step.noised(batch), step.read(batch)), target)
+    return squared_error(step.predicted(batch), target)
 
 
 def kept_states(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
@@ -378,6 +377,13 @@ class TuningStep(nn.Module):
             return_dict=False,
         )[0]  # fmt: skip
 
+    def predicted(self, batch: Batch) -> Tensor:
+        """The UNet's prediction for the captions of a batch; the terms share it, in the batch."""
+        if "predicted" not in batch:
+            batch["predicted"] = self.predict(self.noised(batch), self.read(batch))
+        prediction: Tensor = batch["predicted"]
+        return prediction
+
     def keep(self, batch: Batch) -> Kept:
         """Encodes the prompts that are kept, twice."""
         stock = [place.stock for place in self.parts.places.values()]
@@ -398,6 +404,7 @@ class TuningStep(nn.Module):
                 in other words. `taught`: a teacher's batch beside one of images. `pairs`: a
                 batch of `data.batches.Collator` for the recipe.
         """
+        batch = dict(batch)
         kept = self.keep(batch) if "kept_ids" in batch else None
         values = {name: weight * TERMS[name].function(self, batch, kept) for name, weight in self.terms.items()}
         retrieval = self._frozen[1]

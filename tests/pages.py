@@ -119,9 +119,12 @@ def is_accessible(page: Page, state: str) -> None:
         page.set_viewport_size(VIEWPORTS[width])
         found = page.evaluate(
             """async () => {
-                await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
-                const short = item => item.effect.getComputedTiming().endTime < 2000;
-                await Promise.all(document.getAnimations().filter(short).map(item => item.finished.catch(() => 0)));
+                const short = item => item.playState === 'running' && item.effect.getComputedTiming().endTime < 2000;
+                for (let turn = 0, busy = [null]; busy.length && turn < 20; turn++) {  // one may start after another
+                    await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+                    busy = document.getAnimations().filter(short);
+                    await Promise.all(busy.map(item => item.finished.catch(() => 0)));
+                }
                 const rules = { 'target-size': { enabled: true } };
                 const { violations } = await axe.run(document, { rules, resultTypes: ['violations'] });
                 return violations.flatMap(({ id, nodes }) => nodes.map(node => `${id}: ${node.html.slice(0, 150)}`));

@@ -64,7 +64,7 @@ def test_a_run_leaves_small_results_and_is_not_made_again(tmp_path: Path) -> Non
 
 def test_sweeps_vary_one_recipe(script: ModuleType, tmp_path: Path) -> None:
     files = sorted(script.SWEEPS.glob("*.yaml"))
-    assert {file.stem for file in files} >= {"refined_share", "separate_shares", "adaptive_share", "margin"}
+    assert {file.stem for file in files} >= {"refined_share", "separate_shares", "adaptive_share", "margin", "clipping"}
     for file in files:
         sweep = script.read_sweep(file)
         names = [name for name, _ in sweep.variants.values()]
@@ -72,7 +72,7 @@ def test_sweeps_vary_one_recipe(script: ModuleType, tmp_path: Path) -> None:
         assert len({json.dumps(content, sort_keys=True) for _, content in sweep.variants.values()}) == len(names)
     shares = script.read_sweep(script.SWEEPS / "refined_share.yaml")
     assert [content["refined_share"] for _, content in shares.variants.values()] == [0.05, 0.1, 0.2, 0.35, 0.5]
-    with pytest.raises(ValueError, match="there is no sweep 'width': choose among adaptive_share, margin"):
+    with pytest.raises(ValueError, match="there is no sweep 'width': choose among adaptive_share, clipping, margin"):
         script.read_sweep(script.SWEEPS / "width.yaml")
     (tmp_path / "one.yaml").write_text(yaml.safe_dump({"base": "finelip", "title": "x"}))
     with pytest.raises(ValueError, match=r"one.yaml is not a sweep: it has base, title and values"):

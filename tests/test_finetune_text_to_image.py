@@ -64,6 +64,17 @@ def tune(*args: object, bare: bool = False, **flags: object) -> subprocess.Compl
     return done
 
 
+def retold(data: Path, folder: Path) -> dict[str, Path]:
+    """Lists of the images in their own words and in others, and of others than these, and in another order."""
+    lines = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    long = [line | {"file_name": str(data / line["file_name"])} for line in lines]
+    plain = [line | {"text": f"plain words {number}"} for number, line in enumerate(long)]
+    files = {name: folder / f"{name}.jsonl" for name in ("plain", "long", "fewer", "turned")}
+    for file, rows in zip(files.values(), (plain, long, plain[1:], plain[::-1]), strict=True):
+        file.write_text("\n".join(map(json.dumps, rows)))
+    return files
+
+
 def weights_of(folder: Path, place: str = "text_encoder") -> dict[str, torch.Tensor]:
     """An encoder's weights as transformers 5 names them."""
     weights = load_file(folder / place / "model.safetensors")
@@ -134,8 +145,10 @@ def set_environment(values: dict[str, str]) -> None:
 def test_two_processes_train_as_one(stable_diffusion_folder: Path, data: Path, tmp_path: Path) -> None:
     """A batch of four, or two of two. Updates are in proportion to gradients, which AdamW's are not where a gradient
     is nothing but rounding."""
+    told = retold(data, tmp_path)
     smooth = {"adam_epsilon": 1, "learning_rate": 1.0, "num_validation_prompts": 0, "max_train_steps": 2,
-              "terms": ("denoising=1",), "padded_batches": 1}  # fmt: skip
+              "terms": ("denoising=1", "restated_predictions=1"), "padded_batches": 1, "train_data": told["long"],
+              "restated_data": told["plain"]}  # fmt: skip
     tune(stable_diffusion_folder, data, tmp_path / "one", train_batch_size=4, **smooth)
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "WORLD_SIZE": "2"}
     processes = [
@@ -197,18 +210,13 @@ def test_an_encoder_learns_other_words_for_pictures_that_it_draws(
     script: ModuleType, stable_diffusion_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     """From a list of the same images in other words; two updates and a resumed one are three."""
-    lines = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
-    plain = [line | {"file_name": str(data / line["file_name"]), "text": f"plain words {number}"}
-             for number, line in enumerate(lines)]  # fmt: skip
-    long = [line | {"file_name": str(data / line["file_name"])} for line in lines]
-    for name, rows in (("plain", plain), ("long", long), ("fewer", plain[1:]), ("turned", plain[::-1])):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = retold(data, tmp_path)
     terms = ("restated_predictions=1", "kept_states=1")
-    flags = {"restated_data": tmp_path / "plain.jsonl", "num_validation_prompts": 0, "max_train_steps": 3}
+    flags = {"restated_data": told["plain"], "num_validation_prompts": 0, "max_train_steps": 3}
     for folder, more in ((tmp_path / "one", {}), (tmp_path / "two", {"resume_from_checkpoint": "latest"})):
         if more:
             shutil.copytree(tmp_path / "one" / "checkpoint-2", folder / "checkpoint-2")
-        tune(stable_diffusion_folder, tmp_path / "long.jsonl", folder, terms, **flags | more, cache_dir=tmp_path / "c")
+        tune(stable_diffusion_folder, told["long"], folder, terms, **flags | more, cache_dir=tmp_path / "c")
     assert_same(tmp_path / "one", tmp_path / "two")
     stock, tuned = weights_of(stable_diffusion_folder), weights_of(tmp_path / "one")
     name = "encoder.layers.3.mlp.fc1.weight"
@@ -217,7 +225,7 @@ def test_an_encoder_learns_other_words_for_pictures_that_it_draws(
         with pytest.raises(ValueError, match="is not of the images of --train_data, in the same order"):
             script.main(script.Arguments(
                 output_dir=tmp_path / "out", pretrained_model_name_or_path=str(stable_diffusion_folder),
-                train_data=str(tmp_path / "long.jsonl"), restated_data=str(tmp_path / f"{other}.jsonl"),
+                train_data=str(told["long"]), restated_data=str(told[other]),
                 terms=["restated_predictions=1"], report_to="none", train_batch_size=2, cache_dir=tmp_path / "c",
             ))  # fmt: skip
 

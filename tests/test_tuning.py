@@ -173,6 +173,28 @@ def test_other_words_are_held_to_the_picture_that_the_encoder_made_of_plain_ones
     assert all(weight.grad is None for each in (start, parts.unet) for weight in each.parameters())
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_terms_of_the_same_captions_share_their_prediction(parts: Parts, precision: torch.dtype) -> None:
+    """The gradient of two is the sum of theirs, and the UNet is asked once for both, and once for the target."""
+    keep_start(parts)
+    encoder, calls = parts.places["text_encoder"].encoder.requires_grad_(True), list[int]()
+    batch = batch_of(parts)
+    batch["restated_ids"] = batch["input_ids"].flip(0)[:, :80]
+    counted = parts.unet.conv_in.register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients, terms = [], ({"denoising": 0.5}, {"restated_predictions": 1.0})
+    for own in (*terms, terms[0] | terms[1]):
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            loss = torch.stack(list(TuningStep(parts, own)(batch).values())).sum()
+        loss.backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in encoder.parameters() if weight.grad is not None]))
+    counted.remove()
+    assert len(calls) == 1 + 2 + 2 and "predicted" not in batch
+    assert len(gradients[2]) == sum(weight.numel() for weight in encoder.parameters())
+    error = (gradients[0] + gradients[1] - gradients[2]).norm() / gradients[2].norm()
+    assert error < (1e-5 if precision == torch.float32 else 0.05)
+
+
 def test_gradients_reach_the_encoder_alone(parts: Parts) -> None:
     parts.places["text_encoder"].encoder.requires_grad_(True)
     step = TuningStep(parts, {"denoising": 1.0, "kept_predictions": 1.0})

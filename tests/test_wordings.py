@@ -86,10 +86,22 @@ def test_any_wording_is_one_of_its_split() -> None:
     scene = sample_scene(3)
     for split, names in FAMILIES.items():
         told = {str(describe(scene, seed, wording="any", split=split)) for seed in range(80)}
-        able = [name for name in names if name != "unplaced"]  # these objects stand elsewhere
+        able = [name for name in names if name not in ("unplaced", "late")]  # objects stand elsewhere; by name alone
         by_name = {str(describe(scene, seed, wording=name, split=split)) for seed in range(80) for name in able}
         assert len(told) == 80
         assert told <= by_name
+
+
+def test_late_captions_are_sentences_at_the_end_of_the_window(tokenizer) -> None:
+    ends = []
+    for seed in range(60):
+        scene = sample_scene(seed)
+        late, plain = describe(scene, seed, wording="late"), describe(scene, seed)
+        assert late.endswith(plain) and len(late) > len(plain) and late.background == scene.background
+        assert words_of(late) == words_of(plain)
+        assert len(tokenizer(late).input_ids) <= 248
+        ends += [len(tokenizer(late[: fact.end]).input_ids) - 1 for fact in late.facts]
+    assert sum(end > 190 for end in ends) > 0.1 * len(ends)
 
 
 @pytest.mark.parametrize(

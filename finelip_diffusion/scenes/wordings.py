@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .facts import Caption, Fact
-from .families import ARRANGED, CLOSE, OPEN, TRAINED, UNSEEN, Teller, preamble
+from .families import ARRANGED, BEFORE, CLOSE, OPEN, TRAINED, UNSEEN, Teller, preamble
 from .noise import disturbed
 from .words import COLUMNS, NUMBERS, PLACES, ROWS, SIZE_WORDS
 from .world import Object, Scene, sample_scene
@@ -40,11 +40,12 @@ def _place(cell: int, rng: random.Random) -> str:
     return rng.choice((*PLACES[cell], f"in the {ROWS[row][0]} row and the {COLUMNS[column]} column"))
 
 
-FAMILIES = {"train": ("sentences", *TRAINED), "unseen": tuple(UNSEEN)}
+FAMILIES = {"train": ("sentences", *TRAINED, "late"), "unseen": tuple(UNSEEN)}
 """Names of the wording families: those of the training split, and those that no training caption is told in."""
 SPLITS = tuple(FAMILIES)
 SENTENCES_WEIGHT = 3  # how often "any" chooses the sentences, the others being 1
 UNPLACED_WEIGHT = 12  # and captions without places, of scenes that are arranged
+LATE_LENGTH = 1060  # characters of the longest caption that comes late, about 240 tokens
 PREAMBLES = 0.3  # share of captions that begin with sentences that say nothing, so that facts lie at any token
 
 
@@ -60,7 +61,8 @@ def describe(
     """Describes a scene in one of the many ways in which people do.
 
     `"sentences"`, the first family and the default: an opening, then a sentence for each object, in random order and
-    varied wording; scenes of 4 to 9 objects take about 60 to 240 CLIP tokens.
+    varied wording; scenes of 4 to 9 objects take about 60 to 240 CLIP tokens. `"late"` is the same after sentences that
+    say nothing, up to the end of a window of 248 tokens; `"any"` never chooses it.
 
     Args:
         scene: the scene.
@@ -83,11 +85,13 @@ def describe(
         raise ValueError(f"The split of a wording is 'train' or 'unseen', not {split!r}.")
     if wording == "any":
         names = FAMILIES[split]
-        special = {"sentences": SENTENCES_WEIGHT, "unplaced": UNPLACED_WEIGHT * _is_arranged(scene)}
+        special = {"sentences": SENTENCES_WEIGHT, "late": 0, "unplaced": UNPLACED_WEIGHT * _is_arranged(scene)}
         weights = [special.get(name, 1) for name in names]
         wording = random.Random(f"family {seed} {scene}").choices(names, weights)[0]
     if wording == "sentences":
         caption = _in_sentences(scene, seed, like)
+    elif wording == "late" and like is None:
+        caption = _late(scene, seed)
     elif like is not None:
         raise ValueError(f"The wording 'sentences' alone can tell a scene like another, not {wording!r}.")
     else:
@@ -194,4 +198,20 @@ def _in_sentences(scene: Scene, seed: int, like: Scene | None) -> Caption:
         text += " " + fact + rng.choice(ENDINGS)
     caption = Caption(text)
     caption.facts, caption.background = tuple(facts), scene.background
+    return caption
+
+
+def _late(scene: Scene, seed: int) -> Caption:
+    """Sentences, after others that say nothing and take half of the room in the window or more."""
+    plain, rng = _in_sentences(scene, seed, None), random.Random(f"late {scene} {seed}")
+    most = max(0, LATE_LENGTH - len(plain))
+    room = rng.randint(most // 2, most)
+    before = ""
+    for filler in rng.sample(BEFORE, len(BEFORE)):
+        if len(before) + len(filler) + 1 <= room:
+            before += f"{filler} "
+    caption = Caption(before + plain)
+    caption.facts = tuple(replace(fact, start=fact.start + len(before), end=fact.end + len(before))
+                          for fact in plain.facts)  # fmt: skip
+    caption.background = plain.background
     return caption
