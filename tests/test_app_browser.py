@@ -169,9 +169,11 @@ def test_a_link_brings_prompt_and_settings_and_so_does_a_picture_of_another_prog
     with opened(tabs, url) as page:
         type_prompt(page, prompt)
         set_number(page, "seed", "77")
+        expect(page.locator("#seed input")).to_have_value("77")
         page.locator("#link").click()
         expect(page.locator("#told")).to_contain_text("The link is copied")
         link = page.evaluate("navigator.clipboard.readText()")
+        assert "seed=77" in link
         type_prompt(page, "something else")
     with opened(tabs, link) as page:
         expect(page.locator("#told")).to_contain_text("come from the link")

@@ -49,6 +49,7 @@ def test_a_run_leaves_small_results_and_is_not_made_again(tmp_path: Path) -> Non
     purposes = [line.partition("**: ")[0] for line in text.splitlines()[:8] if line.startswith("- **")]
     assert purposes == ["- **Retrieval", "- **An encoder to plug in beside a UNet that stays as it is",
                         "- **An encoder to tune through a UNet"]  # fmt: skip
+    assert "for all parameters, float32, captions" in text and "Nothing is missing." in text
     assert "{" not in text and "5 of 5 runs are there" in done.stdout
 
     files[1].unlink()
@@ -59,12 +60,18 @@ def test_a_run_leaves_small_results_and_is_not_made_again(tmp_path: Path) -> Non
     done = scripts.run(SCRIPT, *(f"--{name}={value}" for name, value in given.items()))  # the budget is remembered
     assert done.returncode == 0, done.stderr[-2000:]
     assert "3 of 5 runs are there" in done.stdout
-    assert "Missing: chunk seed 3, edited seed 3." in done.stdout
+    assert "Missing: seed 3 of chunk, edited." in done.stdout
 
 
 def test_sweeps_vary_one_recipe(script: ModuleType, tmp_path: Path) -> None:
     files = sorted(script.SWEEPS.glob("*.yaml"))
-    assert {file.stem for file in files} >= {"refined_share", "separate_shares", "adaptive_share", "margin", "clipping"}
+    assert {file.stem for file in files} >= {
+        "refined_share",
+        "separate_shares",
+        "adaptive_share",
+        "margin",
+        "clipping",
+    }
     for file in files:
         sweep = script.read_sweep(file)
         names = [name for name, _ in sweep.variants.values()]

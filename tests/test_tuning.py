@@ -187,7 +187,9 @@ def test_terms_of_the_same_captions_share_their_prediction(parts: Parts, precisi
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
             loss = torch.stack(list(TuningStep(parts, own)(batch).values())).sum()
         loss.backward()
-        gradients.append(torch.cat([weight.grad.flatten() for weight in encoder.parameters() if weight.grad is not None]))
+        gradients.append(
+            torch.cat([weight.grad.flatten() for weight in encoder.parameters() if weight.grad is not None])
+        )
     counted.remove()
     assert len(calls) == 1 + 2 + 2 and "predicted" not in batch
     assert len(gradients[2]) == sum(weight.numel() for weight in encoder.parameters())

@@ -666,7 +666,20 @@ def choices(results: Results) -> list[str]:
     return lines
 
 
-def page(results: Results, sweeps: Sequence[Sweep], missing: list[str], args: Arguments) -> str:
+def listed_missing(missing: Sequence[tuple[str, int]]) -> str:
+    """A sentence about the runs that are not there, those of the same seeds together."""
+    seeds: dict[str, list[str]] = {}
+    for name, seed in missing:
+        seeds.setdefault(name, []).append(str(seed))
+    names: dict[str, list[str]] = {}
+    for name, own in seeds.items():
+        names.setdefault(("seed " if len(own) == 1 else "seeds ") + " and ".join(own), []).append(name)
+    if not names:
+        return "Nothing is missing."
+    return "Missing: " + "; ".join(f"{which} of {', '.join(own)}" for which, own in names.items()) + "."
+
+
+def page(results: Results, sweeps: Sequence[Sweep], missing: Sequence[tuple[str, int]], args: Arguments) -> str:
     """The results page: what to take, how it was measured, every table."""
     ran = next(own[0] for own in results.values() if own and own[0]["settings"]["recipe"])
     seeds = sorted({one["seed"] for own in results.values() for one in own})
@@ -683,7 +696,8 @@ def page(results: Results, sweeps: Sequence[Sweep], missing: list[str], args: Ar
         "queries": len(ran["hits"]["whole/global/text_to_image"]),
         "device": ran["cost"]["device"],
         "choices": "\n".join(choices(results)),
-        "missing": f"Missing: {', '.join(missing)}." if missing else "Nothing is missing.",
+        "precision": "float32" if ran["settings"]["mixed_precision"] == "no" else "bfloat16",
+        "missing": listed_missing(missing),
     }
     text = TEXT.read_text(encoding="utf-8").format_map(values)
     lines = [text, "## What it says", "", *readings(results), "", "## Tables", "", *tables(results)]
@@ -734,7 +748,7 @@ def main(args: Arguments) -> None:
         if (result := read_result(args, name, seed, settings)) is not None:
             results[name].append(result)
     results = {name: own for name, own in results.items() if own}
-    left = [f"{name} seed {seed}" for name, _, seed, _ in missing()]
+    left = [(name, seed) for name, _, seed, _ in missing()]
     listed = {name: own for name, own in results.items() if name in contents}
     report = "\n".join([*tables(listed), *sweep_tables(sweeps, results)])
     with writing(args.output_dir / "report.md") as part:
@@ -748,7 +762,7 @@ def main(args: Arguments) -> None:
     hours = sum(one["cpu_seconds"] for own in results.values() for one in own) / 3600
     print(f"{len(tasks) - len(left)} of {len(tasks)} runs are there, made in {hours:.2f} hours of one core.")
     if left:
-        print(f"Missing: {', '.join(left)}.")
+        print(listed_missing(left))
     if failed:
         raise ValueError(f"these runs failed: {', '.join(failed)}; {args.output_dir / 'logs'} says why.")
 

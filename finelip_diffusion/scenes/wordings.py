@@ -61,8 +61,8 @@ def describe(
     """Describes a scene in one of the many ways in which people do.
 
     `"sentences"`, the first family and the default: an opening, then a sentence for each object, in random order and
-    varied wording; scenes of 4 to 9 objects take about 60 to 240 CLIP tokens. `"late"` is the same after sentences that
-    say nothing, up to the end of a window of 248 tokens; `"any"` never chooses it.
+    varied wording; scenes of 4 to 9 objects take about 60 to 240 CLIP tokens. `"late"` is the same after sentences
+    that say nothing, up to the end of a window of 248 tokens; `"any"` never chooses it.
 
     Args:
         scene: the scene.
