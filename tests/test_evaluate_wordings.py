@@ -16,7 +16,7 @@ SCRIPT = ROOT / "train" / "evaluate_wordings.py"
 
 
 def test_the_report_has_every_prompt_and_its_share(tmp_path: Path) -> None:
-    flags = ["--num_prompts", 2, "--num_inference_steps", 8, "--sets", "splits", "anywhere", "sample"]
+    flags = ["--num_prompts", 2, "--num_inference_steps", 8, "--sets", "splits", "anywhere", "window", "sample"]
     done = scripts.run(SCRIPT, "--output_dir", tmp_path, *flags, bare=True)
     assert done.returncode == 0, done.stderr[-2000:]
     sets = json.loads((tmp_path / "report.json").read_text())["sets"]
@@ -27,6 +27,8 @@ def test_the_report_has_every_prompt_and_its_share(tmp_path: Path) -> None:
             assert row["found"]["n"] == len(facts)
             assert row["found"]["value"] == pytest.approx(sum(fact["found"] for fact in facts) / len(facts))
             assert row["before"]["n"] + row["after"]["n"] == len(facts)
+            assert row["after 190"]["n"] == sum(fact.get("token", 0) > 190 for fact in facts)
+    assert all(row["after 190"]["n"] > 1 for row in sets["window"].values())
     assert sets["splits"]["sentences"]["found"]["value"] > 0.6  # what the bundled model was made for
     assert "| sentences |" in (tmp_path / "report.md").read_text()
     assert Image.open(tmp_path / "sample.png").size == (5 * (2 * IMAGE_SIZE + 12), IMAGE_SIZE + 6)

@@ -5,15 +5,15 @@
 
 Sets: `splits`, held-out scenes in sentences, in any trained wording, in unseen wordings; `families`, each by itself;
 `changes`, one change at a time to the same captions; `people`, prompts that no generator wrote; `anywhere`,
-one object without a place; `reading`, precision and recall of find_facts by family; `sample`, a sheet of pictures with
-what the reader says of each, to be checked by eye. `OUTPUT_DIR/report.json` has every prompt, `report.md` the tables.
+one object without a place; `window`, the longest captions, whose facts end after token 190; `reading`, precision and
+recall of find_facts by family; `sample`, a sheet of pictures with what the reader says of each, to be checked by eye. `OUTPUT_DIR/report.json` has every prompt, `report.md` the tables.
 Intervals are 95% bootstrap intervals over prompts.
 """
 
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,11 @@ from finelip_diffusion.scenes import (
     sample_scene,
     telling,
 )
+from finelip_diffusion.text_encoder import MAX_LENGTH
+from finelip_diffusion.tokenizer import clip_tokenizer
 
-SETS = ("splits", "families", "changes", "people", "anywhere", "reading", "sample")
+SETS = ("splits", "families", "changes", "people", "anywhere", "window", "reading", "sample")
+LONG = 200  # tokens
 PEOPLE = Path(__file__).resolve().parents[1] / "examples" / "peoples_words.json"
 
 
@@ -97,6 +100,14 @@ def anywhere(args: Arguments) -> list[Caption]:
     return [describe(*each, wording="unplaced") for each in itertools.islice(alone, args.num_prompts)]
 
 
+def longest(wording: str, args: Arguments) -> list[Caption]:
+    """Captions that fill most of a long encoder's window, and fit it."""
+    tokenizer, seeds = clip_tokenizer(MAX_LENGTH), itertools.count(args.first_seed)
+    told = (describe(sample_for(wording, seed, "test"), seed, **telling(wording)) for seed in seeds)
+    kept = (caption for caption in told if LONG <= len(tokenizer(str(caption)).input_ids) <= MAX_LENGTH)
+    return list(itertools.islice(kept, args.num_prompts))
+
+
 def rows_of(name: str, args: Arguments) -> dict[str, list[Caption]]:
     """Captions of each row of a set."""
     seeds = range(args.first_seed, args.first_seed + args.num_prompts)
@@ -104,6 +115,8 @@ def rows_of(name: str, args: Arguments) -> dict[str, list[Caption]]:
         return {"people's words": people()}
     if name == "anywhere":
         return {"one object, no place": anywhere(args)}
+    if name == "window":
+        return {f"{wording}, {LONG} tokens or more": longest(wording, args) for wording in ("sentences", "late")}
     if name == "changes":
         return {change: [tell(sample_scene(seed, "test"), seed) for seed in seeds] for change, tell in CHANGES.items()}
     wordings = (
@@ -168,15 +181,16 @@ def sheet(pipe: FineLIPStableDiffusionPipeline, args: Arguments) -> Image.Image:
 
 
 def figures(rows: list[dict]) -> dict[str, Any]:
-    """Recall of a row: of all facts, of those before token 77, and of those after it."""
+    """Recall of a row: of all facts, of those before token 77, of those after it, and of those after token 190."""
     result = {}
-    for key, sides in {"found": (False, True), "before": (False,), "after": (True,)}.items():
-        kept = [
-            (number, fact["found"])
-            for number, row in enumerate(rows)
-            for fact in row["facts"]
-            if fact["after"] in sides
-        ]
+    kinds: dict[str, Callable[[dict], bool]] = {
+        "found": lambda fact: True,
+        "before": lambda fact: not fact["after"],
+        "after": lambda fact: fact["after"],
+        "after 190": lambda fact: fact.get("token", 0) > 190,
+    }
+    for key, counts in kinds.items():
+        kept = [(number, fact["found"]) for number, row in enumerate(rows) for fact in row["facts"] if counts(fact)]
         values = torch.tensor([found for _, found in kept], dtype=torch.float64)
         result[key] = bootstrap_interval(values, torch.tensor([number for number, _ in kept], dtype=torch.long))
     return result
@@ -215,7 +229,7 @@ def tables(report: dict[str, Any]) -> str:
     """All sets in Markdown."""
     parts = []
     for name, rows in report["sets"].items():
-        keys = ("precision", "recall") if name == "reading" else ("found", "before", "after")
+        keys = ("precision", "recall") if name == "reading" else ("found", "before", "after", "after 190")
         cells = [[row, *(shown(result[key]) for key in keys), str(result[keys[-1 if name == "reading" else 0]]["n"])]
                  for row, result in rows.items()]  # fmt: skip
         parts += [f"## {name}", "", *markdown_table([name, *keys, "facts"], cells), ""]
