@@ -4,9 +4,10 @@
     python train/evaluate_wordings.py --output_dir runs/wordings --sets reading       # find_facts alone, seconds
 
 Sets: `splits`, held-out scenes in sentences, in any trained wording, in unseen wordings; `families`, each by itself;
-`changes`, one change at a time to the same captions; `people`, prompts that no generator wrote; `anywhere`,
-one object without a place; `window`, the longest captions, whose facts end after token 190; `reading`, precision and
-recall of find_facts by family; `sample`, a sheet of pictures with what the reader says of each, to be checked by eye. `OUTPUT_DIR/report.json` has every prompt, `report.md` the tables.
+`changes`, one change at a time to the same captions; `people`, prompts that no generator wrote; `anywhere`, one object
+without a place; `window`, the longest captions, whose facts end after token 190; `reading`, precision and recall of
+find_facts by family; `sample`, a sheet of pictures with what the reader says of each, to be checked by eye.
+`OUTPUT_DIR/report.json` has every prompt, `report.md` the tables.
 Intervals are 95% bootstrap intervals over prompts.
 """
 
