@@ -49,7 +49,8 @@ from finelip_diffusion.text_encoder import MAX_LENGTH
 from finelip_diffusion.tokenizer import clip_tokenizer
 
 SETS = ("splits", "families", "changes", "people", "anywhere", "window", "reading", "sample")
-LONG = 200  # tokens
+LONG, FAR = 200, 190  # tokens of a caption that is long, and the token after which a fact ends late
+SIDES = ("found", "before", "after", f"after {FAR}")
 PEOPLE = Path(__file__).resolve().parents[1] / "examples" / "peoples_words.json"
 
 
@@ -182,15 +183,15 @@ def sheet(pipe: FineLIPStableDiffusionPipeline, args: Arguments) -> Image.Image:
 
 
 def figures(rows: list[dict]) -> dict[str, Any]:
-    """Recall of a row: of all facts, of those before token 77, of those after it, and of those after token 190."""
+    """Recall of a row: of all facts, of those before token 77, of those after it, and of those after token `FAR`."""
+    kinds: tuple[Callable[[dict], bool], ...] = (
+        lambda fact: True,
+        lambda fact: not fact["after"],
+        lambda fact: fact["after"],
+        lambda fact: fact.get("token", 0) > FAR,
+    )
     result = {}
-    kinds: dict[str, Callable[[dict], bool]] = {
-        "found": lambda fact: True,
-        "before": lambda fact: not fact["after"],
-        "after": lambda fact: fact["after"],
-        "after 190": lambda fact: fact.get("token", 0) > 190,
-    }
-    for key, counts in kinds.items():
+    for key, counts in zip(SIDES, kinds, strict=True):
         kept = [(number, fact["found"]) for number, row in enumerate(rows) for fact in row["facts"] if counts(fact)]
         values = torch.tensor([found for _, found in kept], dtype=torch.float64)
         result[key] = bootstrap_interval(values, torch.tensor([number for number, _ in kept], dtype=torch.long))
@@ -230,7 +231,7 @@ def tables(report: dict[str, Any]) -> str:
     """All sets in Markdown."""
     parts = []
     for name, rows in report["sets"].items():
-        keys = ("precision", "recall") if name == "reading" else ("found", "before", "after", "after 190")
+        keys = ("precision", "recall") if name == "reading" else SIDES
         cells = [[row, *(shown(result[key]) for key in keys), str(result[keys[-1 if name == "reading" else 0]]["n"])]
                  for row, result in rows.items()]  # fmt: skip
         parts += [f"## {name}", "", *markdown_table([name, *keys, "facts"], cells), ""]

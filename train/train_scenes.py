@@ -15,7 +15,7 @@ The stages follow the making of Stable Diffusion, then of FineLIP, then tune the
 6. `long_clip`: positions stretched to 248, whole captions, the recipe `finelip_sparc`, by `finetune_encoder.py`.
 7. `tune`: the long encoder through the frozen UNet, by `finetune_text_to_image.py`.
 8. `reword`: the same script again, its preset `reword`: captions in any words are held to the pictures that the
-   encoder makes of plain sentences.
+   encoder makes of plain sentences, and a little to the images themselves.
 9. `bundle`: a copy of the folder in half precision, `OUTPUT_DIR/bundled`.
 
 A batch is a function of the seed and the step alone, so a stage that is stopped and started again sees what it would
