@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,6 +99,23 @@ def test_each_run_is_done_once_and_tables_say_what_was_found(
         and "old" not in text
         and "### What does it cost?" in text
     )
+
+
+def test_a_start_of_two_stages_goes_on_from_its_first(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[str, str, float]] = []
+
+    def train(args: Any) -> None:
+        (args.output_dir / "text_encoder").mkdir(parents=True)
+        trained.append((args.recipe, args.pretrained_model_name_or_path, args.learning_rate))
+
+    monkeypatch.setattr(script.finetune_encoder, "main", train)
+    args = script.Arguments(output_dir=tmp_path, clip="CLIP", start_learning_rate=0.5)
+    for _ in range(2):  # the second time nothing is left to do
+        script.train_start("rotary", args)
+    first = tmp_path / "work" / "starts" / "rotary_distill" / "finelip_model"
+    assert trained == [("rotary_distill", "CLIP", 0.5), ("rotary", str(first), 0.5)]
 
 
 def test_wrong_flags_are_one_sentence(folder: Path, script: ModuleType, tmp_path: Path) -> None:

@@ -136,10 +136,16 @@ def test_figures_are_means_over_seeds_and_intervals_over_what_was_drawn(script: 
 
 
 def test_sweeps_are_plotted_with_their_intervals(script: ModuleType, tmp_path: Path) -> None:
-    sweep = script.Sweep("margin", "Margin", {"0.1": ("margin=0.1", {}), "0.2": ("margin=0.2", {})})
+    variants = {"0.1": ("margin=0.1", {}), "0.2": ("margin=0.2", {})}
+    sweep = script.Sweep("margin", "finelip", "Margin", variants)
     results = {name: [result(name, 0, "1" * 8 + "0" * 8, [[1, 2, 1, 3]] * 2)] for name, _ in sweep.variants.values()}
     assert not script.plot_sweeps([sweep], {}, tmp_path / "none.svg") and not (tmp_path / "none.svg").exists()
     assert script.plot_sweeps([sweep], results, tmp_path / "sweeps.svg")
     drawing = (tmp_path / "sweeps.svg").read_text()
     assert drawing.count("<svg") == 1 and "LineCollection" in drawing
     assert "| 0.1 | 0.500 [0.000, 1.000] |" in "\n".join(script.sweep_tables([sweep], results))
+    assert not script.sweep_readings([sweep], results)
+    results["finelip"] = [result("finelip", 0, "0" * 16, [[1, 2, 1, 3]] * 2)]
+    assert "+0.500 [0.000, +1.000] | 0.000 [0.000, 0.000] |" in "\n".join(script.sweep_tables([sweep], results))
+    said = script.sweep_readings([sweep], results)
+    assert said[0].startswith("- **Margin**, against `finelip`. R@1 (global): Above it: none. Below it: none. Not told")

@@ -43,6 +43,7 @@ from finelip_diffusion.metrics import probe_text_states, state_drift
 from finelip_diffusion.model import load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
 from finelip_diffusion.positions import STOCK_POSITIONS
+from finelip_diffusion.recipes import read_content
 from finelip_diffusion.scenes import ATTRIBUTES, Caption, describe, findings, read, render, sample_scene
 from finelip_diffusion.tuning import STRETCHED, share_tower
 from finelip_diffusion.validation import Curve, draw
@@ -87,6 +88,7 @@ class Arguments:
     )
     start_steps: int = field(default=300, metadata={"help": "The updates of a start that is trained first."})
     start_batch_size: int = field(default=96, metadata={"help": "The pairs of such an update, in groups of eight."})
+    start_learning_rate: float = field(default=3e-5, metadata={"help": "The learning rate of such a start."})
     other_unet: list[str] = field(
         default_factory=list, metadata={"help": "NAME=FOLDER of UNets that the encoders have not seen."}
     )
@@ -242,16 +244,21 @@ def write_images(args: Arguments) -> None:
 
 
 def train_start(recipe: str, args: Arguments) -> None:
-    """Trains an encoder by a recipe, the same few updates for each."""
+    """Trains an encoder by a recipe, the same few updates for each; the first of two stages before the second."""
     folder = args.work / "starts" / recipe
     if (folder / "text_encoder").is_dir():
         return
+    clip = args.clip
+    if first := read_content(HERE / "recipes" / f"{recipe}.yaml").get("after"):
+        train_start(first, args)
+        clip = str(args.work / "starts" / first / "finelip_model")
+    rate, steps = args.start_learning_rate, args.start_steps
     finetune_encoder.main(finetune_encoder.Arguments(
-        output_dir=folder, recipe=recipe, pretrained_model_name_or_path=args.clip, train_data="scenes",
-        train_batch_size=args.start_batch_size, max_train_steps=args.start_steps, learning_rate=5e-4,
-        head_learning_rate=5e-4, lr_warmup_steps=args.start_steps // 10, loss_warmup_steps=args.start_steps // 10,
-        checkpointing_steps=100, checkpoints_total_limit=1, resume_from_checkpoint="latest", length_bucketing=True,
-        num_validation_examples=8, validation_steps=args.start_steps + 1, mixed_precision=args.mixed_precision,
+        output_dir=folder, recipe=recipe, pretrained_model_name_or_path=clip, train_data="scenes",
+        train_batch_size=args.start_batch_size, max_train_steps=steps, learning_rate=rate, head_learning_rate=rate,
+        lr_warmup_steps=steps // 10, loss_warmup_steps=steps // 10, length_bucketing=True,
+        checkpointing_steps=100, checkpoints_total_limit=1, resume_from_checkpoint="latest",
+        num_validation_examples=8, validation_steps=steps + 1, mixed_precision=args.mixed_precision,
         dataloader_num_workers=4 * args.dataloader_num_workers, report_to="none",
     ))  # fmt: skip
 
@@ -318,7 +325,7 @@ def is_done(run: Run, args: Arguments) -> bool:
 def shared_settings(args: Arguments) -> dict[str, Any]:
     """What all results of a folder have in common."""
     aside = {"output_dir", "work_dir", "write", "questions", "seeds", "jobs", "minutes", "starts", "other_unet",
-             "ranks",             "dataloader_num_workers", "draw_batch_size"}  # fmt: skip
+             "ranks", "dataloader_num_workers", "draw_batch_size"}  # fmt: skip
     return {name: value for name, value in asdict(args).items() if name not in aside}
 
 

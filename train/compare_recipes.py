@@ -137,11 +137,13 @@ class Sweep:
 
     Attributes:
         name: of the file.
+        base: the recipe that is varied.
         title: what is varied, with its unit.
         variants: by value, the name of the run and the content of its recipe.
     """
 
     name: str
+    base: str
     title: str
     variants: dict[str, tuple[str, dict[str, Any]]]
 
@@ -165,7 +167,7 @@ def read_sweep(path: Path) -> Sweep:
         variants[str(value)] = name, base | changed | {"description": f"{path.stem} {value}"}
     for name, recipe in variants.values():
         make_recipe(name, recipe, f"{path}, {name}")
-    return Sweep(path.stem, content["title"], variants)
+    return Sweep(path.stem, content["base"], content["title"], variants)
 
 
 def wanted_recipes(args: Arguments) -> tuple[dict[str, dict[str, Any]], list[Sweep]]:
@@ -228,7 +230,7 @@ def run(name: str, content: dict[str, Any] | None, seed: int, gallery: SceneGall
         parent.mkdir(parents=True, exist_ok=True)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(stream, 1), os.dup2(stream, 2)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))  # OMP_NUM_THREADS, or the cores
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")
     result: Result = {"recipe": name, "seed": seed, "settings": settings, "tune_steps": args.tune_steps}
@@ -343,6 +345,7 @@ def tune(folder: Path, seed: int, args: Arguments) -> None:
     flags = {
         "preset": "scenes", "pretrained_model_name_or_path": args.base, "finelip": folder, "train_data": "scenes",
         "output_dir": folder / "tuned", "seed": seed, "report_to": "none", "num_validation_prompts": 0,
+        "cache_dir": args.output_dir / "cache",  # latents, the same for all recipes
         "num_scenes": min(2000, 48 * args.tune_steps), "max_train_steps": args.tune_steps,
         "checkpointing_steps": args.tune_steps, "lr_warmup_steps": args.tune_steps // 10,
     }  # fmt: skip
@@ -563,13 +566,30 @@ def sweep_points(sweep: Sweep, results: Results) -> dict[str, dict[str, Any]]:
 
 
 def sweep_tables(sweeps: Sequence[Sweep], results: Results) -> list[str]:
+    """A table a sweep; differences from the recipe that is varied are paired by query and by prompt."""
     lines = []
     for sweep in sweeps:
-        points = sweep_points(sweep, results)
+        points, base = sweep_points(sweep, results), results.get(sweep.base, [])
         columns = ["R@1", "R@1, FineLIP*", "drawn, after 77"]
-        rows = [[value, *(shown(point[column]) for column in columns)] for value, point in points.items()]
+        less = ["whole/global/text_to_image", "pictures"] if base else []
+        rows = [[value, *(shown(point[column]) for column in columns),
+                 *(shown(difference(results[sweep.variants[value][0]], base, name), sign=True) for name in less)]
+                for value, point in points.items()]  # fmt: skip
+        heads = [f"R@1 less `{sweep.base}`", f"drawn less `{sweep.base}`"] if base else []
         if rows:
-            lines += table(sweep.title, ["value", *columns], rows)
+            lines += table(sweep.title, ["value", *columns, *heads], rows)
+    return lines
+
+
+def sweep_readings(sweeps: Sequence[Sweep], results: Results) -> list[str]:
+    """What the sweeps say, in sentences that the figures decide."""
+    titles = {"whole/global/text_to_image": "R@1 (global)", "pictures": "Drawn after token 77"}
+    lines = []
+    for sweep in sweeps:
+        names = [name for name, _ in sweep.variants.values() if name in results]
+        if names and sweep.base in results:
+            said = [f"{title}: {told_apart(results, name, sweep.base, names)}" for name, title in titles.items()]
+            lines.append(f"- **{sweep.title}**, against `{sweep.base}`. {' '.join(said)}")
     return lines
 
 
@@ -704,7 +724,8 @@ def page(results: Results, sweeps: Sequence[Sweep], missing: Sequence[tuple[str,
     for base, others in bases().items():
         lines += paired(results, base, others)
     if swept := sweep_tables(sweeps, results):
-        lines += ["## FineLIP's open questions", "", "![Sweeps](recipes_sweeps.svg)", "", *swept]
+        lines += ["## FineLIP's open questions", "", *sweep_readings(sweeps, results), ""]
+        lines += ["![Sweeps](recipes_sweeps.svg)", "", *swept]
     return "\n".join(lines).rstrip() + "\n"
 
 
