@@ -146,6 +146,8 @@ def test_sweeps_are_plotted_with_their_intervals(script: ModuleType, tmp_path: P
     assert "| 0.1 | 0.500 [0.000, 1.000] |" in "\n".join(script.sweep_tables([sweep], results))
     assert not script.sweep_readings([sweep], results)
     results["finelip"] = [result("finelip", 0, "0" * 16, [[1, 2, 1, 3]] * 2)]
-    assert "+0.500 [0.000, +1.000] | 0.000 [0.000, 0.000] |" in "\n".join(script.sweep_tables([sweep], results))
-    said = script.sweep_readings([sweep], results)
-    assert said[0].startswith("- **Margin**, against `finelip`. R@1 (global): Above it: none. Below it: none. Not told")
+    table = "\n".join(script.sweep_tables([sweep], results))
+    assert "| +0.500 [0.000, +1.000] | 0.333 [0.333, 0.333] | 0.000 [0.000, 0.000] |" in table
+    said = script.sweep_readings([sweep], results)[0]
+    assert said.startswith("- **Margin**, against `finelip`. R@1 (global): Above it: none. Below it: none. Not told")
+    assert "apart: `0.1`, `0.2`." in said

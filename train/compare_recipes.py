@@ -567,17 +567,19 @@ def sweep_points(sweep: Sweep, results: Results) -> dict[str, dict[str, Any]]:
 
 def sweep_tables(sweeps: Sequence[Sweep], results: Results) -> list[str]:
     """A table a sweep; differences from the recipe that is varied are paired by query and by prompt."""
+    shares = {"R@1": "whole/global/text_to_image", "drawn, after 77": "pictures"}
     lines = []
     for sweep in sweeps:
-        points, base = sweep_points(sweep, results), results.get(sweep.base, [])
-        columns = ["R@1", "R@1, FineLIP*", "drawn, after 77"]
-        less = ["whole/global/text_to_image", "pictures"] if base else []
-        rows = [[value, *(shown(point[column]) for column in columns),
-                 *(shown(difference(results[sweep.variants[value][0]], base, name), sign=True) for name in less)]
-                for value, point in points.items()]  # fmt: skip
-        heads = [f"R@1 less `{sweep.base}`", f"drawn less `{sweep.base}`"] if base else []
+        base, rows = results.get(sweep.base, []), []
+        for value, point in sweep_points(sweep, results).items():
+            own = results[sweep.variants[value][0]]
+            cells = []
+            for column, name in shares.items():
+                cells += [shown(point[column]), shown(difference(own, base, name), sign=True) if base else "–"]
+            rows.append([value, *cells])
+        heads = [head for name in shares for head in (name, f"less `{sweep.base}`")]
         if rows:
-            lines += table(sweep.title, ["value", *columns, *heads], rows)
+            lines += table(sweep.title, ["value", *heads], rows)
     return lines
 
 
@@ -589,7 +591,8 @@ def sweep_readings(sweeps: Sequence[Sweep], results: Results) -> list[str]:
         names = [name for name, _ in sweep.variants.values() if name in results]
         if names and sweep.base in results:
             said = [f"{title}: {told_apart(results, name, sweep.base, names)}" for name, title in titles.items()]
-            lines.append(f"- **{sweep.title}**, against `{sweep.base}`. {' '.join(said)}")
+            values = " ".join(said).replace(f"`{sweep.name}=", "`")
+            lines.append(f"- **{sweep.title}**, against `{sweep.base}`. {values}")
     return lines
 
 
