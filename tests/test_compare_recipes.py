@@ -47,9 +47,8 @@ def test_a_run_leaves_small_results_and_is_not_made_again(tmp_path: Path) -> Non
     assert len(result["hits"]["whole/global/text_to_image"]) == 16 and len(result["pictures"]) == 2
     text = page.read_text()
     purposes = [line.partition("**: ")[0] for line in text.splitlines()[:8] if line.startswith("- **")]
-    assert purposes == ["- **Retrieval", "- **An encoder to plug in beside a UNet that stays as it is",
-                        "- **An encoder to tune through a UNet"]  # fmt: skip
-    assert "for all parameters, float32, captions" in text and "Nothing is missing." in text
+    assert purposes == ["- **For retrieval", "- **To plug into an unchanged UNet", "- **To tune through a UNet"]
+    assert "for all parameters, float32, captions" in text and "No run is missing." in text
     assert "{" not in text and "5 of 5 runs are there" in done.stdout
 
     files[1].unlink()
@@ -126,13 +125,17 @@ def test_figures_are_means_over_seeds_and_intervals_over_what_was_drawn(script: 
     assert "| one | 0.750 [0.500, 1.000] |" in table and "| chunk | – | 0.000" in table
     difference = "\n".join(script.paired(results, "one", ["other"]))
     assert "+0.750 [+0.500, +1.000]" in difference and "1 of 1" in difference
-    assert "Above it: `one`. Below it: none. Not told apart: `other`." in script.readings(results)[0]
+    assert "Higher: `one`. Lower: none. No clear difference: `other`." in script.readings(results)[0]
     assert not script.paired(results, "one", ["chunk", "one"])
     assert {"no_atrm", "finelip_local"} <= set(script.bases()["finelip"])
     said = script.choices(results)
-    assert said[0].startswith("- **Retrieval**: `one`, R@1 0.750") and "`one`" in said[1] and "chunk 0.000" in said[1]
+    assert (
+        said[0].startswith("- **For retrieval**: `one`, R@1 0.750") and "`one`" in said[1] and "chunk 0.000" in said[1]
+    )
     none = script.choices({"untrained": one, "other": other})[0]
-    assert none.startswith("- **Retrieval**: no recipe, under this budget: the best, `other`, is not above")
+    assert none.startswith(
+        "- **For retrieval**: no recipe clearly beats stretching alone under this budget. The best is `other`"
+    )
 
 
 def test_sweeps_are_plotted_with_their_intervals(script: ModuleType, tmp_path: Path) -> None:
@@ -149,5 +152,5 @@ def test_sweeps_are_plotted_with_their_intervals(script: ModuleType, tmp_path: P
     table = "\n".join(script.sweep_tables([sweep], results))
     assert "| +0.500 [0.000, +1.000] | 0.333 [0.333, 0.333] | 0.000 [0.000, 0.000] |" in table
     said = script.sweep_readings([sweep], results)[0]
-    assert said.startswith("- **Margin**, against `finelip`. R@1 (global): Above it: none. Below it: none. Not told")
-    assert "apart: `0.1`, `0.2`." in said
+    assert said.startswith("- **Margin**, compared with `finelip`. R@1. Higher: none. Lower: none. No clear diff")
+    assert "difference: `0.1`, `0.2`." in said

@@ -496,17 +496,17 @@ def paired(results: Results, one: str, others: Sequence[str]) -> list[str]:
             signs = [first["hits"][names[0]].count("1") > second["hits"][names[0]].count("1")
                      for first, second in zip(trained[one], trained[other], strict=False)]  # fmt: skip
             rows.append([other, *cells, f"{max(sum(signs), len(signs) - sum(signs))} of {len(signs)}"])
-    heads = ["other", "R@1, global", "R@1, FineLIP*", "drawn, after 77", "seeds agree on the first"]
-    return table(f"`{one}` less the other, paired by query and by prompt", heads, rows) if rows else []
+    heads = ["other", "R@1, global", "R@1, FineLIP*", "drawn, after 77", "seeds that agree on R@1"]
+    return table(f"Difference between `{one}` and others, paired by query and by prompt", heads, rows) if rows else []
 
 
 def told_apart(results: Results, name: str, base: str, others: Sequence[str]) -> str:
-    """Which of the others are above a recipe by a figure, below it, and not told apart from it."""
-    groups: dict[str, list[str]] = {"Above it": [], "Below it": [], "Not told apart": []}
+    """Which of the others have a higher figure than a recipe, which a lower one, and which neither."""
+    groups: dict[str, list[str]] = {"Higher": [], "Lower": [], "No clear difference": []}
     for other in others:
         if other in results and (found := difference(results[other], results[base], name)) is not None:
             low, high = found["low"] or 0, found["high"] or 0
-            groups["Above it" if low > 0 else "Below it" if high < 0 else "Not told apart"].append(f"`{other}`")
+            groups["Higher" if low > 0 else "Lower" if high < 0 else "No clear difference"].append(f"`{other}`")
     return " ".join(f"{title}: {', '.join(names) or 'none'}." for title, names in groups.items())
 
 
@@ -526,15 +526,15 @@ def readings(results: Results) -> list[str]:
     if UNTRAINED not in trained:
         return []
     names = [name for name in trained if name != UNTRAINED]
-    titles = {"whole/global/text_to_image": "**Retrieval**, R@1 by the global cosine",
-              "pictures": "**Plugged in**, facts drawn after token 77"}  # fmt: skip
+    titles = {"whole/global/text_to_image": "**Retrieval** (R@1, global cosine)",
+              "pictures": "**Plugged in** (facts drawn after token 77)"}  # fmt: skip
     lines = [
-        f"- {title}, against the stretched, untrained encoder. {told_apart(trained, name, UNTRAINED, names)}"
+        f"- {title}, compared with the stretched, untrained encoder. {told_apart(trained, name, UNTRAINED, names)}"
         for name, title in titles.items()
     ]
     for base, others in bases().items():
         if base in trained and (own := [other for other in others if other in trained]):
-            lines.append(f"- Recipes that change one thing of `{base}`, by R@1 (global). "
+            lines.append(f"- **Changes to `{base}`** (R@1, global cosine). "
                          f"{told_apart(trained, 'whole/global/text_to_image', base, own)}")  # fmt: skip
     drawn = {name: figure["value"] for name in names if (figure := recall(trained[name], "pictures", True))}
     if len(drawn) > 4:
@@ -542,9 +542,9 @@ def readings(results: Results) -> list[str]:
 
         found = [interval(pooled(trained[name], "whole/global/text_to_image"))["value"] for name in drawn]
         probes = [np.mean([list(one["probes"].values()) for one in trained[name]]) for name in drawn]
-        lines.append(f"- Over these {len(drawn)} recipes, rank correlations: of R@1 with what is drawn after token 77 "
-                     f"{spearmanr(found, list(drawn.values())).statistic:+.2f}, of R@1 with what a probe reads "
-                     f"{spearmanr(found, probes).statistic:+.2f}, of the probe with what is drawn "
+        lines.append(f"- **Rank correlations** over these {len(drawn)} recipes: R@1 and facts drawn after token 77 "
+                     f"{spearmanr(found, list(drawn.values())).statistic:+.2f}, R@1 and probes "
+                     f"{spearmanr(found, probes).statistic:+.2f}, probes and facts drawn after token 77 "
                      f"{spearmanr(probes, list(drawn.values())).statistic:+.2f}.")  # fmt: skip
     return lines
 
@@ -577,7 +577,7 @@ def sweep_tables(sweeps: Sequence[Sweep], results: Results) -> list[str]:
             for column, name in shares.items():
                 cells += [shown(point[column]), shown(difference(own, base, name), sign=True) if base else "–"]
             rows.append([value, *cells])
-        heads = [head for name in shares for head in (name, f"less `{sweep.base}`")]
+        heads = [head for name in shares for head in (name, f"difference from `{sweep.base}`")]
         if rows:
             lines += table(sweep.title, ["value", *heads], rows)
     return lines
@@ -585,14 +585,14 @@ def sweep_tables(sweeps: Sequence[Sweep], results: Results) -> list[str]:
 
 def sweep_readings(sweeps: Sequence[Sweep], results: Results) -> list[str]:
     """What the sweeps say, in sentences that the figures decide."""
-    titles = {"whole/global/text_to_image": "R@1 (global)", "pictures": "Drawn after token 77"}
+    titles = {"whole/global/text_to_image": "R@1", "pictures": "Drawn after token 77"}
     lines = []
     for sweep in sweeps:
         names = [name for name, _ in sweep.variants.values() if name in results]
         if names and sweep.base in results:
-            said = [f"{title}: {told_apart(results, name, sweep.base, names)}" for name, title in titles.items()]
+            said = [f"{title}. {told_apart(results, name, sweep.base, names)}" for name, title in titles.items()]
             values = " ".join(said).replace(f"`{sweep.name}=", "`")
-            lines.append(f"- **{sweep.title}**, against `{sweep.base}`. {values}")
+            lines.append(f"- **{sweep.title}**, compared with `{sweep.base}`. {values}")
     return lines
 
 
@@ -651,12 +651,12 @@ def mean_of(key: str) -> Callable[[list[Result]], float | None]:
 
 
 def chosen(purpose: str, name: str, figure: str, gain: dict[str, Any] | None) -> str:
-    """A line that recommends a recipe, or says that none was better than stretching alone."""
+    """A line that recommends a recipe, or says that none clearly beats stretching alone."""
     low = (gain or {}).get("low") or 0
     if low > 0:
         return f"- **{purpose}**: `{name}`, {figure}."
     return (
-        f"- **{purpose}**: no recipe, under this budget: the best, `{name}`, is not above stretching alone, {figure}."
+        f"- **{purpose}**: no recipe clearly beats stretching alone under this budget. The best is `{name}`, {figure}."
     )
 
 
@@ -668,15 +668,15 @@ def choices(results: Results) -> list[str]:
         recipe, own = found
         ours, theirs = (shown(interval(pooled(each, name))) for each in (own, stock))
         figure = f"R@1 {ours} by the global cosine (untrained {theirs})"
-        lines.append(chosen("Retrieval", recipe, figure, difference(own, stock, name)))
+        lines.append(chosen("For retrieval", recipe, figure, difference(own, stock, name)))
     if found := best(results, mean_of("pictures")):
         recipe, own = found
         others = ", ".join(f"{other} {both(results[other], 'pictures')}" for other in (UNTRAINED, *STOCK)
                            if results.get(other))  # fmt: skip
-        figure = f"{both(own, 'pictures')} of the facts before | after token 77 drawn ({others})"
+        figure = f"{both(own, 'pictures')} of the facts drawn before | after token 77 ({others})"
         gain = difference(own, stock, "pictures")
-        lines.append(chosen("An encoder to plug in beside a UNet that stays as it is", recipe, figure, gain))
-    purpose = "An encoder to tune through a UNet"
+        lines.append(chosen("To plug into an unchanged UNet", recipe, figure, gain))
+    purpose = "To tune through a UNet"
     if found := best(results, mean_of("tuned")):
         recipe, own = found
         figure = f"{both(own, 'tuned')} after {own[0]['tune_steps']} updates (untrained {both(stock, 'tuned')})"
@@ -684,8 +684,8 @@ def choices(results: Results) -> list[str]:
     elif found := best(results, lambda own: float(np.mean([list(one["probes"].values()) for one in own]))):
         recipe, own = found
         probes = [over_seeds([float(np.mean(list(one["probes"].values()))) for one in each]) for each in (own, stock)]
-        lines.append(f"- **{purpose}**: by its token states, `{recipe}`, of which a linear probe reads {probes[0]} "
-                     f"(untrained {probes[1]}). Tuning was not part of this run (`--tune_steps`).")  # fmt: skip
+        lines.append(f"- **{purpose}**: `{recipe}`, by its token states alone, of which a linear probe reads "
+                     f"{probes[0]} (untrained {probes[1]}). Nothing was tuned here (`--tune_steps`).")  # fmt: skip
     return lines
 
 
@@ -698,12 +698,14 @@ def listed_missing(missing: Sequence[tuple[str, int]]) -> str:
     for name, own in seeds.items():
         names.setdefault(("seed " if len(own) == 1 else "seeds ") + " and ".join(own), []).append(name)
     if not names:
-        return "Nothing is missing."
+        return "No run is missing."
     return "Missing: " + "; ".join(f"{which} of {', '.join(own)}" for which, own in names.items()) + "."
 
 
-def page(results: Results, sweeps: Sequence[Sweep], missing: Sequence[tuple[str, int]], args: Arguments) -> str:
-    """The results page: what to take, how it was measured, every table."""
+def page(
+    results: Results, swept: Results, sweeps: Sequence[Sweep], missing: Sequence[tuple[str, int]], args: Arguments
+) -> str:
+    """The results page: what to take, how it was measured, every table; the runs of sweeps in tables of their own."""
     ran = next(own[0] for own in results.values() if own and own[0]["settings"]["recipe"])
     seeds = sorted({one["seed"] for own in results.values() for one in own})
     tuned = [f"`{name}`" for name, own in results.items() if own[0].get("tuned")]
@@ -714,7 +716,9 @@ def page(results: Results, sweeps: Sequence[Sweep], missing: Sequence[tuple[str,
     ]
     values = ran["settings"] | {
         "flags": " ".join(["", *flags]),
-        "tuned": f"{steps} updates, of {', '.join(tuned)}" if tuned else "nothing in this run (`--tune_steps`)",
+        "tuned": f"{steps} updates of {', '.join(tuned)}"
+        if tuned
+        else "nothing was tuned in this run (`--tune_steps`)",
         "seeds": ", ".join(map(str, seeds)),
         "queries": len(ran["hits"]["whole/global/text_to_image"]),
         "device": ran["cost"]["device"],
@@ -723,12 +727,12 @@ def page(results: Results, sweeps: Sequence[Sweep], missing: Sequence[tuple[str,
         "missing": listed_missing(missing),
     }
     text = TEXT.read_text(encoding="utf-8").format_map(values)
-    lines = [text, "## What it says", "", *readings(results), "", "## Tables", "", *tables(results)]
+    lines = [text.rstrip(), "", "## What it says", "", *readings(results), "", "## Tables", "", *tables(results)]
     for base, others in bases().items():
         lines += paired(results, base, others)
-    if swept := sweep_tables(sweeps, results):
-        lines += ["## FineLIP's open questions", "", *sweep_readings(sweeps, results), ""]
-        lines += ["![Sweeps](recipes_sweeps.svg)", "", *swept]
+    if own := sweep_tables(sweeps, swept | results):
+        lines += ["## FineLIP's open questions", "", *sweep_readings(sweeps, swept | results), ""]
+        lines += ["![Sweeps](recipes_sweeps.svg)", "", *own]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -781,7 +785,7 @@ def main(args: Arguments) -> None:
     if args.page is not None and measured(listed):
         plot_sweeps(sweeps, results, args.page.with_name(f"{args.page.stem}_sweeps.svg"))
         with writing(args.page) as part:
-            part.write_text(page(listed | results, sweeps, left, args), encoding="utf-8")
+            part.write_text(page(listed, results, sweeps, left, args), encoding="utf-8")
     print(report)
     hours = sum(one["cpu_seconds"] for own in results.values() for one in own) / 3600
     print(f"{len(tasks) - len(left)} of {len(tasks)} runs are there, made in {hours:.2f} hours of one core.")
