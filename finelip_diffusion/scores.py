@@ -20,8 +20,8 @@ NEGATIVE_SLOPE = 0.1
 """Of the leaky ReLU that FineLIP and LAPS apply to token similarities."""
 
 KERNEL_BLOCK = 2**26  # best matches that one launch of the Triton kernel leaves in memory, six bytes each
-CPU_BLOCK, GPU_BLOCK = 2**21, 2**25
-"""Similarities held at a time: 8 MB, which caches hold; more where each step costs a launch."""
+CPU_BLOCK, GPU_BLOCK = 2**22, 2**25
+"""Similarities held at a time: 16 MB, which large caches hold; more where each step costs a launch."""
 
 PASS, COLUMNS = 2**18, 128
 """What a core's own cache holds on a CPU: similarities of one pass over them, channels of rows that are summed."""
