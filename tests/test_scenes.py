@@ -1,12 +1,14 @@
 """The bundled world: deterministic, disjoint splits, captions that state every fact, a reader that is right."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
 from finelip_diffusion.scenes import (
+    ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,
     IMAGE_SIZE,
@@ -17,6 +19,7 @@ from finelip_diffusion.scenes import (
     Object,
     Scene,
     advice,
+    alterations,
     describe,
     read,
     render,
@@ -63,6 +66,39 @@ def test_near_duplicates_change_what_they_say() -> None:
         assert before == after
     with pytest.raises(ValueError, match="'swap'"):
         vary(scene, "swap", 0)
+
+
+@pytest.mark.parametrize("kind", ["move", "exchange", "alter"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_near_duplicate_is_another_scene_of_the_split(kind: str, split: str) -> None:
+    """Of one object, too, which may have no neighbor in the test split; and of twins, which cannot be exchanged."""
+    scenes = [sample_scene(seed, split, (1, 9)) for seed in range(60)]
+    pairs = combinations(range(9), 2)
+    twins = [Scene("mint", tuple(Object(cell, "star", "red", "small") for cell in pair)) for pair in pairs]
+    scenes += (found := [scene for scene in twins if scene.split == split][:3])
+    assert found
+    for seed, scene in enumerate(scenes):
+        other = vary(scene, kind, seed)
+        assert other != scene and other.split == split and other == vary(scene, kind, seed)
+
+
+def test_an_altered_scene_differs_in_one_attribute_where_the_split_has_one() -> None:
+    def changes(one: Scene, other: Scene) -> int:
+        pairs = zip(one.objects, other.objects, strict=True)
+        return sum(getattr(before, name) != getattr(after, name) for before, after in pairs for name in ATTRIBUTES)
+
+    alone = 0
+    for seed in range(40):
+        scene = sample_scene(seed, "test", (1, 9))
+        other = vary(scene, "alter", seed)
+        cells = [item.cell for item in scene.objects]
+        assert [item.cell for item in other.objects] == cells
+        near = (each for each in alterations(scene, scene.objects) if each.split == "test")
+        near = (each for each in near if [item.cell for item in each.objects] == cells)  # nothing was moved
+        has_one = any(changes(scene, each) == 1 for each in near)
+        alone += not has_one
+        assert changes(scene, other) == (1 if has_one else 2)
+    assert 0 < alone < 20  # both happen
 
 
 def test_captions_state_every_object_once_in_words() -> None:

@@ -19,6 +19,7 @@ IMAGE_SIZE = 144  # pixels, both sides
 CELL_SIZE = IMAGE_SIZE // 3
 OVERSAMPLING = 4  # shapes are drawn this much larger, then averaged down
 TEST_SHARE = 20  # one scene in TEST_SHARE belongs to the test split
+PATIENCE = 2000  # draws of a near-duplicate before it may differ in more
 MAX_RESIDUAL = 0.15  # root mean square error, of [0, 1], beyond which a cell shows nothing that the reader can name
 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "moon")
@@ -96,20 +97,22 @@ def sample_scene(seed: int, split: str = "train", num_objects: tuple[int, int] =
 
 
 def vary(scene: Scene, kind: str, seed: int) -> Scene:
-    """Draws a near-duplicate of a scene, in the same split.
+    """Draws a near-duplicate of a scene: another scene in the same split.
 
     Args:
         scene: the scene to vary.
         kind: `"move"` puts the same objects into other cells, `"exchange"` keeps cells and deals the colors, shapes
-            and sizes out anew, each for itself, `"alter"` changes one attribute of one object.
+            and sizes out anew, each for itself, `"alter"` changes one attribute of one object. Where the split has no
+            such scene (few objects, the test split), one attribute more is altered.
         seed: any integer.
 
     Raises:
         ValueError: for an unknown kind.
     """
-    rng = random.Random(f"{kind} {seed}")
+    rng, start, tries = random.Random(f"{kind} {seed}"), scene, 0
     while True:
-        objects = list(scene.objects)
+        tries += 1
+        objects = list(start.objects)
         if kind == "move":
             cells = rng.sample(range(9), len(objects))
             objects = [replace(item, cell=cell) for item, cell in zip(objects, cells, strict=True)]
@@ -126,8 +129,10 @@ def vary(scene: Scene, kind: str, seed: int) -> Scene:
         else:
             raise ValueError(f"A scene varies by 'move', 'exchange' or 'alter', not {kind!r}.")
         varied = Scene(scene.background, tuple(sorted(objects)))
-        if varied.split == scene.split:
+        if varied != scene and varied.split == scene.split:
             return varied
+        if tries % PATIENCE == 0:
+            kind, start = "alter", varied
 
 
 def alterations(scene: Scene, objects: Sequence[Object]) -> list[Scene]:
