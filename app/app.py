@@ -1,9 +1,9 @@
-"""A page for long prompts: what each encoder reads of one, what is drawn of it, and which sentence made what.
+"""A web page for long prompts: what each encoder reads, what is drawn, and which sentence made which part.
 
     python app/app.py                                              # the bundled model, on http://127.0.0.1:7860
     python app/app.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --finelip longclip-l14
 
-docs/app.md shows it, and how to use it from code or as a Space.
+docs/app.md describes the page and how to use it from code or as a Space.
 """
 
 import argparse
@@ -242,14 +242,40 @@ def build_demo(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or hub id of a Stable Diffusion 1.x, 2.x or XL (default: bundled)")
-    parser.add_argument("--finelip", help="a long text encoder: folder, hub id or checkpoint file")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
-    parser.add_argument("--host", help="0.0.0.0 lets other machines in (default: $GRADIO_SERVER_NAME, else 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="(default: $GRADIO_SERVER_PORT, else the first free one from 7860)")
-    parser.add_argument("--share", action="store_true", help="a public link through gradio's servers")
-    parser.add_argument("--max_queue", type=int, default=MAX_WAITING, help="requests that may wait")
+    parser.add_argument(
+        "--model",
+        help="The folder or hub id of a Stable Diffusion 1.x, 2.x or XL model. The default is the bundled model.",
+    )
+    parser.add_argument("--finelip", help="The long text encoder: a folder, a hub id or a checkpoint file.")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="The data type of the weights. The default is float32.",
+    )
+    parser.add_argument(
+        "--device",
+        help="The device, such as cpu, cuda or mps. The default is cuda if it is available, and cpu otherwise.",
+    )
+    parser.add_argument(
+        "--host",
+        help="The address to listen on. 0.0.0.0 lets other machines connect. The default is "
+        "$GRADIO_SERVER_NAME, or else 127.0.0.1.",
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        help="The port to listen on. The default is $GRADIO_SERVER_PORT, or else the first free port from 7860.",
+    )
+    parser.add_argument(
+        "--share", action="store_true", help="Whether to create a public link through gradio's servers."
+    )
+    parser.add_argument(
+        "--max_queue",
+        type=int,
+        default=MAX_WAITING,
+        help=f"The maximum number of waiting requests. The default is {MAX_WAITING}.",
+    )
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("finelip_diffusion.prompt_encoder").setLevel(logging.ERROR)  # the page says what is dropped

@@ -45,13 +45,14 @@ OURS, TORCH_FIDELITY, CLEAN_FID = "ours", "torch-fidelity", "clean-fid"
 class Arguments:
     """The defaults are what docs/metrics.md reports."""
 
-    num_images: int = field(default=100, metadata={"help": "Of each of the two sets."})
-    repeats: int = field(default=3, metadata={"help": "How often each tool scores both sets."})
-    batch_size: int = field(default=32, metadata={"help": "Images at once."})
+    num_images: int = field(default=100, metadata={"help": "The number of images in each of the two sets."})
+    repeats: int = field(default=3, metadata={"help": "The number of times that each tool scores both sets."})
+    batch_size: int = field(default=32, metadata={"help": "The number of images per batch."})
     memory_images: list[int] = field(
-        default_factory=lambda: [1_000, 20_000], metadata={"help": "Numbers of files whose peak memory is compared."}
+        default_factory=lambda: [1_000, 20_000],
+        metadata={"help": "The numbers of files for which the peak memory is compared."},
     )
-    check: bool = field(default=False, metadata={"help": "Fail if a bar is missed."})
+    check: bool = field(default=False, metadata={"help": "Whether to exit with an error if a target is missed."})
 
 
 class Tool(NamedTuple):

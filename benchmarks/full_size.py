@@ -82,18 +82,23 @@ class Arguments:
 
     parts: list[str] = field(
         default_factory=lambda: ["step", "encoding", "very_long"],
-        metadata={"help": "What to measure: step (5 GB), encoding (7 GB), very_long (2 GB)."},
+        metadata={"help": "The parts to measure: step (5 GB), encoding (7 GB), very_long (2 GB)."},
     )
-    rounds: int = field(default=5, metadata={"help": "Times that each step is run."})
-    encodings: int = field(default=12, metadata={"help": "Times that each prompt is encoded."})
-    encodings_xl: int = field(default=4, metadata={"help": "Times that each prompt is encoded by SDXL."})
-    latent_size: int = field(default=64, metadata={"help": "Height and width of the latents; 64 are 512 pixels."})
+    rounds: int = field(default=5, metadata={"help": "The number of runs of each step and of each very long prompt."})
+    encodings: int = field(default=12, metadata={"help": "The number of times that each prompt is encoded."})
+    encodings_xl: int = field(default=4, metadata={"help": "The number of times that each prompt is encoded by SDXL."})
+    latent_size: int = field(
+        default=64, metadata={"help": "The height and width of the latents. 64 corresponds to 512 pixels."}
+    )
     very_long: list[int] = field(
-        default_factory=lambda: [500, 1000, 2000, 5000], metadata={"help": "Tokens of the very long prompts."}
+        default_factory=lambda: [500, 1000, 2000, 5000],
+        metadata={"help": "The lengths of the very long prompts in tokens."},
     )
-    tiny: bool = field(default=False, metadata={"help": "Narrow models of 2 layers: a test of this script."})
-    seed: int = field(default=0, metadata={"help": "Seeds the weights and the noise."})
-    check: bool = field(default=False, metadata={"help": "Fail if a bar is missed."})
+    tiny: bool = field(
+        default=False, metadata={"help": "Whether to use narrow models with 2 layers, as a test of this script."}
+    )
+    seed: int = field(default=0, metadata={"help": "The random seed for weights and noise."})
+    check: bool = field(default=False, metadata={"help": "Whether to exit with an error if a target is missed."})
 
 
 class Cost(NamedTuple):

@@ -45,16 +45,23 @@ class Arguments:
 
     device: str = field(default="cpu", metadata={"help": "The device: cpu or cuda."})
     mixed_precision: str = field(default="bf16", metadata={"help": "The precision of autocast: no, fp16 or bf16."})
-    batch_size: int = field(default=8, metadata={"help": "The images of the updates that are timed."})
-    rounds: int = field(default=9, metadata={"help": "The times that each is run."})
-    latent_size: int = field(default=64, metadata={"help": "Height and width of the latents. 64 are 512 pixels."})
+    batch_size: int = field(default=8, metadata={"help": "The number of images in the updates that are timed."})
+    rounds: int = field(default=9, metadata={"help": "The number of runs of the update and of the bare UNet."})
+    latent_size: int = field(
+        default=64, metadata={"help": "The height and width of the latents. 64 corresponds to 512 pixels."}
+    )
     card_gib: list[float] = field(
         default_factory=lambda: [23.0],
-        metadata={"help": "What cards can give, in GiB. Of 24, the driver and the screen take about one."},
+        metadata={
+            "help": "The memory that is available on each card, in GiB. Of 24, the driver and the screen take "
+            "about one."
+        },
     )
-    tiny: bool = field(default=False, metadata={"help": "Narrow models of 2 layers: a test of this script."})
-    seed: int = field(default=0, metadata={"help": "The seed of weights and noise."})
-    check: bool = field(default=False, metadata={"help": "Fail if the bar is missed."})
+    tiny: bool = field(
+        default=False, metadata={"help": "Whether to use narrow models with 2 layers, as a test of this script."}
+    )
+    seed: int = field(default=0, metadata={"help": "The random seed for weights and noise."})
+    check: bool = field(default=False, metadata={"help": "Whether to exit with an error if the target is missed."})
 
 
 def make_parts(args: Arguments) -> Parts:

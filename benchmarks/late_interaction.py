@@ -36,17 +36,28 @@ GRADIENT_BARS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 class Arguments:
     """The defaults are pairs of ViT-L/14 with refined tokens."""
 
-    batch_size: int = field(default=0, metadata={"help": "Images, and captions; 0 is 128, or 512 on a GPU."})
-    image_tokens: int = field(default=52, metadata={"help": "Tokens of an image."})
-    text_tokens: int = field(default=52, metadata={"help": "Tokens of a caption."})
-    width: int = field(default=768, metadata={"help": "Width of a token."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    threads: int = field(
-        default=0, metadata={"help": "Of a CPU; 0 is torch's own. One is timed by the seconds of the process itself."}
+    batch_size: int = field(
+        default=0, metadata={"help": "The number of images, and of captions. 0 is 128, or 512 on a GPU."}
     )
-    repeats: int = field(default=5, metadata={"help": "Times each row is timed; the loop over captions once."})
-    gradient_batch_size: int = field(default=16, metadata={"help": "Images, and captions, to compare gradients on."})
-    seed: int = field(default=0, metadata={"help": "Seeds the tokens and the gradient that is sent back."})
+    image_tokens: int = field(default=52, metadata={"help": "The number of tokens per image."})
+    text_tokens: int = field(default=52, metadata={"help": "The number of tokens per caption."})
+    width: int = field(default=768, metadata={"help": "The width of each token."})
+    device: str = field(default="cpu", metadata={"help": "The device: cpu or cuda."})
+    threads: int = field(
+        default=0,
+        metadata={
+            "help": "The number of CPU threads. 0 is the default of torch. With 1, the CPU time of the process "
+            "is measured."
+        },
+    )
+    repeats: int = field(
+        default=5,
+        metadata={"help": "The number of times that each row is timed. The loop over captions is timed once."},
+    )
+    gradient_batch_size: int = field(
+        default=16, metadata={"help": "The number of images, and of captions, on which gradients are compared."}
+    )
+    seed: int = field(default=0, metadata={"help": "The random seed for the tokens and the incoming gradient."})
 
     def __post_init__(self) -> None:
         self.batch_size = self.batch_size or (512 if self.device == "cuda" else 128)

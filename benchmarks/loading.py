@@ -38,9 +38,14 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 class Arguments:
     """The defaults are the sizes of the published models."""
 
-    tiny: bool = field(default=False, metadata={"help": "Narrow text encoders of 2 layers: a test of this script."})
-    folder: Path | None = field(default=None, metadata={"help": "Loads from here; of the process for one row."})
-    row: str | None = field(default=None, metadata={"help": "What that process loads."})
+    tiny: bool = field(
+        default=False,
+        metadata={"help": "Whether to use narrow text encoders with 2 layers, as a test of this script."},
+    )
+    folder: Path | None = field(
+        default=None, metadata={"help": "The folder to load from. Only for the process that measures one row."}
+    )
+    row: str | None = field(default=None, metadata={"help": "The row that this process loads."})
 
 
 def text_encoder(size: dict[str, Any], tiny: bool, positions: int, projection: bool = False) -> Any:

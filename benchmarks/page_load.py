@@ -1,13 +1,13 @@
-"""Many people at the page at once: what is lost, how long it takes, and what the server's memory does.
+"""Load test of the page: with many clients at once, counts lost requests and measures time and server memory.
 
-python benchmarks/page_load.py                                # 20 clients, 200 pictures of one step
+python benchmarks/page_load.py                                # 20 clients, 200 images of one step
 python benchmarks/page_load.py --clients 4 --requests 8
-python benchmarks/page_load.py --kill --window                # killed halfway, and a window that is reloaded meanwhile
+python benchmarks/page_load.py --kill --window                # killed halfway, while a window is reloaded
 
-With --kill the server is killed by SIGKILL after half of the pictures and started again; a client whose connection is
-gone connects and asks again. With --window somebody compares in Chromium all the while, and reloads the page in the
-middle of each drawing; a comparison counts as lost if it is not there in the end, and every error in the console but
-those of an absent server is listed.
+With --kill, the server is killed with SIGKILL after half of the images and started again. A client that loses its
+connection reconnects and repeats its request. With --window, a user compares images in Chromium the whole time and
+reloads the page in the middle of each comparison. A comparison counts as lost if it is not there at the end. Every
+error in the console is listed, except those caused by the absent server.
 """
 
 import argparse
@@ -174,11 +174,22 @@ class Window(threading.Thread):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=200, help="of all clients together")
-    parser.add_argument("--rounds", type=int, default=2, help="memory is read after each of them")
-    parser.add_argument("--kill", action="store_true", help="kill the server after half of the pictures")
-    parser.add_argument("--window", action="store_true", help="and somebody compares in Chromium meanwhile")
+    parser.add_argument("--clients", type=int, default=20, help="The number of clients. The default is 20.")
+    parser.add_argument(
+        "--requests", type=int, default=200, help="The number of requests of all clients together. The default is 200."
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=2,
+        help="The number of rounds. The server's memory is read after each of them. The default is 2.",
+    )
+    parser.add_argument(
+        "--kill", action="store_true", help="Whether to kill and restart the server after half of the images."
+    )
+    parser.add_argument(
+        "--window", action="store_true", help="Whether to also compare images in a Chromium window at the same time."
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         server = Server(folder)

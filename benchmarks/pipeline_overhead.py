@@ -1,4 +1,4 @@
-"""What the pipeline itself costs: a whole run of ours (`truncate`) against diffusers' own, at equal token count.
+"""Measures what the pipeline itself costs: a run of ours (`truncate`) against diffusers', at equal token count.
 
 Both pipelines hold the very same UNet, decoder and scheduler and draw the same images in turns, ours first in every
 other pair; random weights cost what trained ones do.
@@ -102,10 +102,18 @@ def interval(ratios: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=40, help="runs of each pipeline")
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps of a run")
-    parser.add_argument("--tokens", type=int, default=70, help="tokens of the prompt, at most 75")
-    parser.add_argument("--mixed", type=int, nargs="+", metavar="TOKENS", help="lengths of the prompts of one call")
+    parser.add_argument(
+        "--pairs", type=int, default=40, help="The number of runs of each pipeline. The default is 40."
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10, help="The number of denoising steps per run. The default is 10."
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=70, help="The number of tokens in the prompt, at most 75. The default is 70."
+    )
+    parser.add_argument(
+        "--mixed", type=int, nargs="+", metavar="TOKENS", help="The lengths in tokens of the prompts of one call."
+    )
     args = parser.parse_args()
 
     torch.set_num_threads(1)

@@ -37,11 +37,15 @@ ONE, ANGLES, WINDOWS, FIRST = "one window, NTK scaling", "one window, trained an
 class Arguments:
     """The defaults take a few minutes of two cores."""
 
-    model: str = field(metadata={"help": "A CLIP or a FineLIP model: folder, hub id or file."})
-    tokens: list[int] = field(default_factory=lambda: [248, 300, 500], metadata={"help": "Tokens of the texts."})
-    texts: int = field(default=128, metadata={"help": "Texts of each length."})
-    seed: int = field(default=0, metadata={"help": "Chooses the scenes, all of the test split."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    model: str = field(metadata={"help": "The CLIP or FineLIP model: a folder, a hub id or a file."})
+    tokens: list[int] = field(
+        default_factory=lambda: [248, 300, 500], metadata={"help": "The lengths of the texts in tokens."}
+    )
+    texts: int = field(default=128, metadata={"help": "The number of texts of each length."})
+    seed: int = field(
+        default=0, metadata={"help": "The random seed that selects the scenes, which are all from the test split."}
+    )
+    device: str = field(default="cpu", metadata={"help": "The device: cpu or cuda."})
 
 
 def scene_of(seed: int) -> Scene:

@@ -52,13 +52,19 @@ Batch = dict[str, Tensor]
 class Arguments:
     """The defaults fit a laptop."""
 
-    batch_size: int = field(default=8, metadata={"help": "Images, each with its caption."})
-    repeats: int = field(default=3, metadata={"help": "Batches that each step is timed on."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    tiny: bool = field(default=False, metadata={"help": "Towers of 2 narrow layers: a test of this script."})
-    seed: int = field(default=0, metadata={"help": "Seeds the weights and chooses the scenes."})
+    batch_size: int = field(default=8, metadata={"help": "The number of images per batch, each with its caption."})
+    repeats: int = field(default=3, metadata={"help": "The number of batches on which each step is timed."})
+    device: str = field(default="cpu", metadata={"help": "The device: cpu or cuda."})
+    tiny: bool = field(
+        default=False, metadata={"help": "Whether to use towers with 2 narrow layers, as a test of this script."}
+    )
+    seed: int = field(default=0, metadata={"help": "The random seed for the weights and the scenes."})
     check: Literal["none", "float32", "bfloat16", "kept"] = field(
-        default="none", metadata={"help": "Fail if our step in this precision misses a bar."}
+        default="none",
+        metadata={
+            "help": "The version of our step that must meet its targets, or the script exits with an error. "
+            "kept is float32 with the image tower kept."
+        },
     )
 
 

@@ -275,117 +275,274 @@ def _parser() -> argparse.ArgumentParser:
 
     read = _Parser(add_help=False)
     prompt = read.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT")
-    prompt.add_argument("--prompt-file", metavar="FILE", type=Path, help="a UTF-8 text file")
-    read.add_argument("--model", help="folder or hub id of a Stable Diffusion (default: the bundled model)")
-    read.add_argument("--finelip", metavar="SOURCE", help="a long text encoder: folder, hub id or checkpoint file")
+    prompt.add_argument("--prompt", metavar="TEXT", help="The prompt.")
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", type=Path, help="The path of a UTF-8 text file with the prompt."
+    )
+    read.add_argument(
+        "--model", help="The folder or hub id of a Stable Diffusion model. The default is the bundled model."
+    )
+    read.add_argument(
+        "--finelip", metavar="SOURCE", help="The long text encoder: a folder, a hub id or a checkpoint file."
+    )
     read.add_argument(
         "--long-prompt",
         choices=LONG_PROMPTS,
-        help="how the prompt is read (default: stretch with a trained long encoder, chunk without)",
+        help="The strategy for reading the prompt. The default is stretch with a trained long encoder, "
+        "and chunk without one.",
     )
     read.add_argument(
-        "--weighting", choices=WEIGHTINGS, default="plain", help="syntax of weights (default: plain, none)"
+        "--weighting",
+        choices=WEIGHTINGS,
+        default="plain",
+        help="The syntax for the weights of words. The default is plain, which has no weights.",
     )
-    read.add_argument("--blend", metavar="SHARE", type=float, default=1.0, help="of the long encoder (default: 1)")
-    read.add_argument("--dtype", choices=DTYPES, default="float32")
-    read.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
+    read.add_argument(
+        "--blend",
+        metavar="SHARE",
+        type=float,
+        default=1.0,
+        help="The share of the long encoder in a blend with the stock encoder. The default is 1.",
+    )
+    read.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="The data type of the weights. The default is float32."
+    )
+    read.add_argument(
+        "--device",
+        help="The device, such as cpu, cuda or mps. The default is cuda if it is available, and cpu otherwise.",
+    )
 
-    command = commands.add_parser("generate", parents=[read], help="draw images of a prompt")
-    command.add_argument("--out", metavar="DIR", type=Path, required=True, help="gets image-SEED.png")
-    command.add_argument("--negative-prompt", metavar="TEXT")
-    command.add_argument("--seed", type=_integer(0, 2**63 - 1), default=0, help="of the first image (default: 0)")
-    command.add_argument("--num-images", type=_integer(1), default=1, help="one for each following seed (default: 1)")
-    command.add_argument("--steps", type=_integer(1), default=STEPS, help="denoising steps (default: 20)")
-    command.add_argument("--guidance-scale", type=_scale, help="(default: 7.5; the bundled model, 3)")
-    command.add_argument("--height", type=_integer(8, multiple=8), help="pixels (default: the model's)")
-    command.add_argument("--width", type=_integer(8, multiple=8), help="pixels (default: the model's)")
-    command.add_argument("--overwrite", action="store_true", help="replace images that exist already")
+    command = commands.add_parser("generate", parents=[read], help="Draw images of a prompt.")
+    command.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="The folder where the images are written as image-SEED.png.",
+    )
+    command.add_argument("--negative-prompt", metavar="TEXT", help="The negative prompt.")
+    command.add_argument(
+        "--seed", type=_integer(0, 2**63 - 1), default=0, help="The seed of the first image. The default is 0."
+    )
+    command.add_argument(
+        "--num-images",
+        type=_integer(1),
+        default=1,
+        help="The number of images. Each further image has the next seed. The default is 1.",
+    )
+    command.add_argument(
+        "--steps", type=_integer(1), default=STEPS, help="The number of denoising steps. The default is 20."
+    )
+    command.add_argument(
+        "--guidance-scale",
+        type=_scale,
+        help="The guidance scale. The default is 3 for the bundled model and 7.5 for others.",
+    )
+    command.add_argument(
+        "--height",
+        type=_integer(8, multiple=8),
+        help="The height of the images in pixels. The default is the model's own.",
+    )
+    command.add_argument(
+        "--width",
+        type=_integer(8, multiple=8),
+        help="The width of the images in pixels. The default is the model's own.",
+    )
+    command.add_argument("--overwrite", action="store_true", help="Whether to replace existing images.")
     command.set_defaults(run=generate)
 
-    command = commands.add_parser("describe", parents=[read], help="say what is read of a prompt")
+    command = commands.add_parser("describe", parents=[read], help="Show which parts of a prompt are read.")
     command.set_defaults(run=describe)
 
-    command = commands.add_parser("convert", help="turn CLIP text weights into a long text encoder")
+    command = commands.add_parser("convert", help="Convert CLIP text weights to a long text encoder.")
     command.add_argument(
-        "source", metavar="SOURCE", help="folder, hub id or checkpoint file, of an encoder or a model"
+        "source", metavar="SOURCE", help="The encoder or model to convert: a folder, a hub id or a checkpoint file."
     )
-    command.add_argument("out", metavar="OUT", type=Path, help="gets text_encoder/ and tokenizer/; or a .safetensors")
+    command.add_argument(
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="The folder where text_encoder/ and tokenizer/ are written, or the path of a .safetensors file.",
+    )
     command.add_argument(
         "--layout",
         choices=LAYOUTS,
         default="diffusers",
-        help="a folder for diffusers and transformers (default), which OneTrainer reads, too; a file for the code of "
-        "OpenAI, Long-CLIP and FineLIP; a file for ComfyUI; a file for kohya's scripts",
+        help="The layout of the result: diffusers or onetrainer for a folder that diffusers, "
+        "transformers and OneTrainer read, openai for a file for the code of OpenAI, Long-CLIP and "
+        "FineLIP, comfyui for a file for ComfyUI, or kohya for a file for kohya's scripts. The "
+        "default is diffusers.",
     )
-    command.add_argument("--subfolder", metavar="NAME", help="which encoder of a model, such as text_encoder_2")
-    command.add_argument("--config", metavar="SOURCE", help="folder or hub id whose config and tokenizer suit a file")
-    command.add_argument("--max-length", type=_integer(3), default=248, help="positions wanted (default: 248)")
-    command.add_argument("--keep", type=_integer(0), default=20, help="first positions left as they are (default: 20)")
-    command.add_argument("--ratio", type=_integer(1), help="new positions for an old one (default: as needed)")
-    command.add_argument("--pad-token", metavar="TOKEN", help="'eos', or a token such as '!' (default: the source's)")
-    command.add_argument("--projection", action=argparse.BooleanOptionalAction, help="keep the text projection")
-    command.add_argument("--dtype", choices=DTYPES, help="(default: the source's)")
     command.add_argument(
-        "--interpolate",
-        metavar="STOCK",
-        help="the encoder from which SOURCE was trained: weights between both (WiSE-FT)",
+        "--subfolder", metavar="NAME", help="The name of the encoder in a model, such as text_encoder_2."
     )
-    command.add_argument("--share", type=float, default=0.5, help="of SOURCE in these weights, 0 to 1 (default: 0.5)")
-    command.add_argument("--overwrite", action="store_true", help="replace what exists already")
-    command.set_defaults(run=convert)
-
-    command = commands.add_parser("merge", help="put a long text encoder into a whole model")
     command.add_argument(
-        "base", metavar="BASE", type=Path, help="a whole model: a checkpoint file, or a folder of diffusers"
+        "--config",
+        metavar="SOURCE",
+        help="The folder or hub id with the config and the tokenizer for a checkpoint file.",
     )
-    command.add_argument("source", metavar="ENCODER", help="the encoder: folder, hub id or checkpoint file")
-    command.add_argument("out", metavar="OUT", type=Path, help="the new model: a .safetensors, or a folder if BASE is")
-    command.add_argument("--subfolder", metavar="NAME", help="the encoder to replace (default: the one that fits)")
-    command.add_argument("--config", metavar="SOURCE", help="folder or hub id whose config and tokenizer suit a file")
-    command.add_argument("--max-length", type=_integer(3), default=248, help="positions wanted (default: 248)")
-    command.add_argument("--pad-token", metavar="TOKEN", help="'eos', or a token such as '!' (default: the encoder's)")
+    command.add_argument(
+        "--max-length",
+        type=_integer(3),
+        default=248,
+        help="The number of positions of the encoder. The default is 248.",
+    )
+    command.add_argument(
+        "--keep",
+        type=_integer(0),
+        default=20,
+        help="The number of first positions that stay as they are. The default is 20.",
+    )
+    command.add_argument(
+        "--ratio",
+        type=_integer(1),
+        help="The number of new positions for each old one. The default is the number that is needed.",
+    )
+    command.add_argument(
+        "--pad-token",
+        metavar="TOKEN",
+        help="The padding token: 'eos', or a token such as '!'. The default is the source's own.",
+    )
     command.add_argument(
         "--projection",
         action=argparse.BooleanOptionalAction,
-        help="bring the encoder's text projection (default: if BASE has one)",
+        help="Whether to keep the text projection. The default depends on the source and the layout.",
     )
-    command.add_argument("--dtype", choices=DTYPES, help="type of the new encoder's weights (default: its own)")
-    command.add_argument("--overwrite", action="store_true", help="replace what exists already")
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="The data type of the weights. The default is the source's own."
+    )
+    command.add_argument(
+        "--interpolate",
+        metavar="STOCK",
+        help="The encoder from which SOURCE was trained. The result has weights between the two (WiSE-FT).",
+    )
+    command.add_argument(
+        "--share",
+        type=float,
+        default=0.5,
+        help="The share of SOURCE in these weights, from 0 to 1. The default is 0.5.",
+    )
+    command.add_argument("--overwrite", action="store_true", help="Whether to replace existing files.")
+    command.set_defaults(run=convert)
+
+    command = commands.add_parser("merge", help="Put a long text encoder into a whole model.")
+    command.add_argument(
+        "base", metavar="BASE", type=Path, help="The whole model: a checkpoint file or a diffusers folder."
+    )
+    command.add_argument(
+        "source", metavar="ENCODER", help="The long text encoder: a folder, a hub id or a checkpoint file."
+    )
+    command.add_argument(
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="The path of the new model: a .safetensors file, or a folder if BASE is a folder.",
+    )
+    command.add_argument(
+        "--subfolder", metavar="NAME", help="The name of the encoder to replace. The default is the one that fits."
+    )
+    command.add_argument(
+        "--config",
+        metavar="SOURCE",
+        help="The folder or hub id with the config and the tokenizer for a checkpoint file.",
+    )
+    command.add_argument(
+        "--max-length",
+        type=_integer(3),
+        default=248,
+        help="The number of positions of the encoder. The default is 248.",
+    )
+    command.add_argument(
+        "--pad-token",
+        metavar="TOKEN",
+        help="The padding token: 'eos', or a token such as '!'. The default is the encoder's own.",
+    )
+    command.add_argument(
+        "--projection",
+        action=argparse.BooleanOptionalAction,
+        help="Whether to include the encoder's text projection. The default is to include it if BASE has one.",
+    )
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="The data type of the new encoder's weights. The default is its own."
+    )
+    command.add_argument("--overwrite", action="store_true", help="Whether to replace existing files.")
     command.set_defaults(run=merge)
 
-    command = commands.add_parser("score", help="score folders of pictures, whatever drew them")
+    command = commands.add_parser("score", help="Score folders of images from any source.")
     command.add_argument(
         "images",
         metavar="IMAGES",
         type=Path,
         nargs="+",
-        help="folders of pictures; the first is what others are compared to",
+        help="The folders of images to score. The first is the one that the others are compared with.",
     )
     command.add_argument(
         "--prompts",
         metavar="FILE",
-        help="a .txt (a prompt a line), .json, .jsonl or .csv; or dpg:, dsg:, tiif:, detailmaster:, longbench:, "
-        "geneval2: or compbench: and the folder of that set (default: what the pictures bring)",
-    )
-    command.add_argument("--reference", metavar="IMAGES", type=Path, help="a folder of pictures to compare with")
-    command.add_argument("--features", metavar="NAME", nargs="+", default=[], help="of distances (default: effnet_fd)")
-    command.add_argument(
-        "--judges", metavar="CLIP", nargs="+", default=[], help="CLIPs (default: openai/clip-vit-large-patch14)"
+        help="The prompts: a .txt file with one prompt per line, a .json, .jsonl or .csv file, or dpg:, "
+        "dsg:, tiif:, detailmaster:, longbench:, geneval2: or compbench: followed by the folder of "
+        "that prompt set. The default is the prompts that come with the images.",
     )
     command.add_argument(
-        "--vqa", metavar="MODEL", nargs="+", default=[], help="vision-language models of transformers"
+        "--reference", metavar="IMAGES", type=Path, help="The folder of reference images to compare with."
     )
     command.add_argument(
-        "--preferences", metavar="NAME", nargs="+", default=[], help="hps_v2, pick_score, image_reward"
+        "--features",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="The image features for the distances. The default is effnet_fd. Only with --reference.",
     )
     command.add_argument(
-        "--images-per-prompt", type=_integer(1), default=1, help="of a set (default: 1; DPG-Bench: 4)"
+        "--judges",
+        metavar="CLIP",
+        nargs="+",
+        default=[],
+        help="The CLIPs that score the images. The default is openai/clip-vit-large-patch14, unless "
+        "--vqa or --preferences is given.",
     )
-    command.add_argument("--dpg-quirks", action="store_true", help="count DPG-Bench as its own script does")
-    command.add_argument("--num-resamples", type=_integer(2), default=100, help="of distances (default: 100)")
-    command.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one)")
-    command.add_argument("--out", metavar="DIR", type=Path, help="gets report.html, report.md and report.json")
+    command.add_argument(
+        "--vqa",
+        metavar="MODEL",
+        nargs="+",
+        default=[],
+        help="The vision-language models of transformers that answer questions about the images.",
+    )
+    command.add_argument(
+        "--preferences",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="The models of human preference: hps_v2, pick_score, image_reward.",
+    )
+    command.add_argument(
+        "--images-per-prompt",
+        type=_integer(1),
+        default=1,
+        help="The number of images per prompt of a prompt set, such as 4 for DPG-Bench. The default is 1.",
+    )
+    command.add_argument(
+        "--dpg-quirks",
+        action="store_true",
+        help="Whether to count as DPG-Bench's own script does. Only for DPG-Bench.",
+    )
+    command.add_argument(
+        "--num-resamples",
+        type=_integer(2),
+        default=100,
+        help="The number of bootstrap resamples for the distances. The default is 100.",
+    )
+    command.add_argument(
+        "--device",
+        help="The device, such as cpu, cuda or mps. The default is cuda if it is available, and cpu otherwise.",
+    )
+    command.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="The folder where report.html, report.md and report.json are written. The default only "
+        "prints the tables.",
+    )
     command.set_defaults(run=score)
     return parser
 

@@ -29,65 +29,123 @@ logger = logging.getLogger(__name__)
 class RunFlags:
     """Flags of every training script; names follow diffusers' training examples."""
 
-    output_dir: Path = field(metadata={"help": "The folder for checkpoints, logs and the result."})
+    output_dir: Path = field(metadata={"help": "The folder where checkpoints, logs and the result are written."})
 
     train_data: str = field(
         default="scenes",
         metadata={
-            "help": "The data: scenes, scenes:WORDING, a folder, a JSON file, tar shards, or an id of datasets."
+            "help": "The training data: scenes, scenes:WORDING, a folder, a JSON or CSV file, tar shards, or "
+            "the hub id of a dataset."
         },
     )
-    image_root: Path | None = field(default=None, metadata={"help": "The folder of the images of a JSON file."})
+    image_root: Path | None = field(
+        default=None,
+        metadata={"help": "The folder that contains the images of a JSON or CSV file, if they are not beside it."},
+    )
     image_column: str | None = field(
-        default=None, metadata={"help": "The column of the image. The default is image or file_name."}
+        default=None,
+        metadata={
+            "help": "The name of the field that holds the image. The default is the first of image, file_name, "
+            "image_file, image_path and filename that exists."
+        },
     )
     caption_column: str | None = field(
-        default=None, metadata={"help": "The column of the caption. The default is text or caption."}
+        default=None,
+        metadata={
+            "help": "The name of the field that holds the caption. The default is the first of caption, text, "
+            "description, captions and conversations that exists."
+        },
     )
-    num_scenes: int = field(default=40_000, metadata={"help": "The number of pictures of --train_data scenes."})
+    num_scenes: int = field(
+        default=40_000, metadata={"help": "The number of images to render for --train_data scenes."}
+    )
     max_bad_fraction: float = field(
-        default=0.01, metadata={"help": "The share of unusable examples that ends the run."}
+        default=0.01, metadata={"help": "The maximum share of unusable examples. The run stops if there are more."}
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "The processes that read and decode."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "The number of subprocesses that load the data. 0 loads it in the main process."}
+    )
 
-    seed: int = field(default=0, metadata={"help": "The seed of new weights, data order, captions and noise."})
-    train_batch_size: int = field(default=64, metadata={"help": "The examples of a batch of one process."})
+    seed: int = field(
+        default=0, metadata={"help": "The random seed for new weights, the order of the data, captions and noise."}
+    )
+    train_batch_size: int = field(default=64, metadata={"help": "The number of examples per batch, for each process."})
     gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "The batches whose gradients are averaged for one update."}
+        default=1, metadata={"help": "The number of batches whose gradients are averaged for each update."}
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations: less memory, a third more time."}
+        default=False,
+        metadata={
+            "help": "Whether to recompute activations in the backward pass. It saves memory and takes a third "
+            "more time."
+        },
     )
-    num_train_epochs: int = field(default=6, metadata={"help": "The epochs, unless --max_train_steps is given."})
-    max_train_steps: int | None = field(default=None, metadata={"help": "The number of updates of the weights."})
+    num_train_epochs: int = field(
+        default=6, metadata={"help": "The number of training epochs, unless --max_train_steps is given."}
+    )
+    max_train_steps: int | None = field(
+        default=None, metadata={"help": "The total number of updates. It overrides --num_train_epochs."}
+    )
     scale_lr: bool = field(
-        default=False, metadata={"help": "Multiply learning rates by processes, batch size and accumulation."}
+        default=False,
+        metadata={
+            "help": "Whether to multiply the learning rates by the number of processes, the batch size and the "
+            "gradient accumulation steps."
+        },
     )
-    lr_scheduler: str = field(default="cosine", metadata={"help": "The learning-rate schedule, one of diffusers'."})
-    adam_beta1: float = field(default=0.9, metadata={"help": "The first decay of AdamW."})
-    adam_beta2: float = field(default=0.999, metadata={"help": "The second decay of AdamW."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "The epsilon of AdamW."})
+    lr_scheduler: str = field(
+        default="cosine", metadata={"help": "The type of learning rate scheduler, by its name in diffusers."}
+    )
+    adam_beta1: float = field(
+        default=0.9, metadata={"help": "The beta1 parameter of AdamW, the decay rate of the first moment."}
+    )
+    adam_beta2: float = field(
+        default=0.999, metadata={"help": "The beta2 parameter of AdamW, the decay rate of the second moment."}
+    )
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "The epsilon parameter of AdamW."})
     freeze_token_embedding: bool = field(
-        default=False, metadata={"help": "Keep the embeddings of words as they are, for encoders that share them."}
+        default=False, metadata={"help": "Whether to freeze the token embeddings, for encoders that share them."}
     )
     mixed_precision: str | None = field(
-        default=None, metadata={"help": "The precision of autocast: no, fp16 or bf16. The default is accelerate's."}
+        default=None,
+        metadata={"help": "The precision of autocast: no, fp16 or bf16. The default is the setting of accelerate."},
     )
-    allow_tf32: bool = field(default=False, metadata={"help": "Use TF32 products on Ampere and later."})
+    allow_tf32: bool = field(
+        default=False, metadata={"help": "Whether to allow TF32 matrix products on Ampere and newer GPUs."}
+    )
 
-    checkpointing_steps: int = field(default=500, metadata={"help": "The updates between two checkpoints."})
+    checkpointing_steps: int = field(default=500, metadata={"help": "The number of updates between checkpoints."})
     checkpoints_total_limit: int | None = field(
-        default=None, metadata={"help": "The number of checkpoints to keep. The oldest are deleted."}
+        default=None,
+        metadata={
+            "help": "The maximum number of checkpoints to keep. The oldest are deleted. The default keeps all of them."
+        },
     )
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "latest, or a checkpoint folder."})
-    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, comet_ml, all or none."})
-    logging_dir: str = field(default="logs", metadata={"help": "The folder of the logs, inside --output_dir."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the result to the hub."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "The checkpoint to resume from: a checkpoint folder, or latest for the newest one."},
+    )
+    report_to: str = field(
+        default="tensorboard",
+        metadata={"help": "The integration that receives the logs: tensorboard, wandb, comet_ml, all or none."},
+    )
+    logging_dir: str = field(
+        default="logs", metadata={"help": "The name of the folder for the logs, inside --output_dir."}
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "Whether to upload the result to the hub."})
     hub_model_id: str | None = field(
-        default=None, metadata={"help": "The repository on the hub. The default is the name of --output_dir."}
+        default=None,
+        metadata={"help": "The name of the repository on the hub. The default is the name of --output_dir."},
     )
-    hub_token: str | None = field(default=None, metadata={"help": "The hub's token. The default is the stored one."})
-    dry_run: bool = field(default=False, metadata={"help": "Print the settings, parameters and memory, and stop."})
+    hub_token: str | None = field(
+        default=None, metadata={"help": "The access token for the hub. The default is the stored token."}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to print the settings, the parameters and the memory that is needed, and then stop."
+        },
+    )
 
     def __post_init__(self) -> None:
         self.at_least(

@@ -60,61 +60,100 @@ RESAMPLES = 1000
 class Arguments:
     """The defaults make docs/results/image_tuning.md."""
 
-    output_dir: Path = field(default=Path("runs/image_tuning"), metadata={"help": "The folder of the results."})
+    output_dir: Path = field(
+        default=Path("runs/image_tuning"), metadata={"help": "The folder where the results are written."}
+    )
     work_dir: Path | None = field(
-        default=None, metadata={"help": "The folder of images, weights and caches. The default is --output_dir/work."}
+        default=None,
+        metadata={"help": "The folder for images, weights and caches. The default is work/ in --output_dir."},
     )
     write: Path | None = field(
-        default=None, metadata={"help": "Run nothing, but write the tables of what is there into this document."}
+        default=None,
+        metadata={
+            "help": "The path of a document into which the tables of the existing results are written. Nothing is run."
+        },
     )
     questions: list[str] = field(
-        default_factory=lambda: list(QUESTIONS), metadata={"help": f"The questions: {', '.join(QUESTIONS)}."}
+        default_factory=lambda: list(QUESTIONS), metadata={"help": f"The questions to answer: {', '.join(QUESTIONS)}."}
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "The seeds of each setting."})
-    jobs: int = field(default=1, metadata={"help": "The runs side by side, each a process with its own model."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "The random seeds with which each setting is run."}
+    )
+    jobs: int = field(
+        default=1, metadata={"help": "The number of runs at a time, each in a process with its own model."}
+    )
     minutes: float | None = field(
-        default=None, metadata={"help": "End after so many minutes, whatever is running; the next start goes on."}
+        default=None,
+        metadata={
+            "help": "The number of minutes after which everything is stopped. The next start resumes it. The "
+            "default is no limit."
+        },
     )
     pretrained_model_name_or_path: str = field(
-        default=str(BUNDLED_MODEL), metadata={"help": "The Stable Diffusion of scenes."}
+        default=str(BUNDLED_MODEL), metadata={"help": "The Stable Diffusion model for scenes."}
     )
-    clip: str = field(default=str(BUNDLED_MODEL / "clip"), metadata={"help": "The CLIP that starts are trained from."})
+    clip: str = field(
+        default=str(BUNDLED_MODEL / "clip"),
+        metadata={"help": "The CLIP from which the encoders of --starts are trained."},
+    )
     starts: list[str] = field(
         default_factory=lambda: ["finelip_sparc", "stretched", "kps_infonce", "finelip"],
         metadata={
-            "help": "The encoders to start from: stretched, a recipe in train/recipes, which is trained first, or "
-            "NAME=FOLDER. The first is the start of all other questions."
+            "help": "The encoders to start from: stretched, a recipe in train/recipes, which is trained first, "
+            "or NAME=FOLDER. All other questions use the first one."
         },
     )
-    start_steps: int = field(default=300, metadata={"help": "The updates of a start that is trained first."})
-    start_batch_size: int = field(default=96, metadata={"help": "The pairs of such an update, in groups of eight."})
-    start_learning_rate: float = field(default=3e-5, metadata={"help": "The learning rate of such a start."})
+    start_steps: int = field(
+        default=300, metadata={"help": "The number of updates for an encoder of --starts that is trained first."}
+    )
+    start_batch_size: int = field(
+        default=96, metadata={"help": "The number of pairs per batch for such an encoder, in groups of eight."}
+    )
+    start_learning_rate: float = field(default=3e-5, metadata={"help": "The learning rate for such an encoder."})
     other_unet: list[str] = field(
-        default_factory=list, metadata={"help": "NAME=FOLDER of UNets that the encoders have not seen."}
+        default_factory=list,
+        metadata={"help": "The UNets that the encoders have not been trained with, each as NAME=FOLDER."},
     )
     images: list[int] = field(
-        default_factory=lambda: [250, 1000, 4000, 16_000], metadata={"help": "Numbers of captioned images."}
+        default_factory=lambda: [250, 1000, 4000, 16_000],
+        metadata={"help": "The numbers of captioned images to compare."},
     )
-    ranks: list[int] = field(default_factory=lambda: [4, 16, 64], metadata={"help": "Ranks of adapters."})
+    ranks: list[int] = field(default_factory=lambda: [4, 16, 64], metadata={"help": "The LoRA ranks to compare."})
     terms: list[str] = field(
         default_factory=lambda: ["denoising=1", "kept_states=1"],
-        metadata={"help": "The terms where nothing else is said."},
+        metadata={"help": "The terms of the loss, unless a setting has its own."},
     )
-    max_train_steps: int = field(default=800, metadata={"help": "The updates of a run."})
-    train_batch_size: int = field(default=48, metadata={"help": "The images of an update."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "The learning rate."})
-    mixed_precision: str = field(default="no", metadata={"help": "no or bf16."})
-    dataloader_num_workers: int = field(default=2, metadata={"help": "The processes of a run that read and tokenize."})
-    num_curve_points: int = field(default=4, metadata={"help": "The points of a run at which prompts are drawn."})
-    num_curve_prompts: int = field(default=250, metadata={"help": "The held-out prompts of such a point."})
-    num_prompts: int = field(default=1000, metadata={"help": "The held-out prompts at the end of a run."})
-    num_other_prompts: int = field(default=500, metadata={"help": "The held-out prompts in each other UNet."})
-    num_short: int = field(default=250, metadata={"help": "The held-out prompts that fit 77 tokens."})
-    num_drift: int = field(default=48, metadata={"help": "The short prompts on which drift is measured."})
-    num_groups: int = field(default=48, metadata={"help": "The groups of eight near-duplicates to retrieve from."})
-    num_probe_captions: int = field(default=300, metadata={"help": "The captions of the probes. 0 leaves them out."})
-    draw_batch_size: int = field(default=125, metadata={"help": "The prompts that are drawn at once."})
-    num_inference_steps: int = field(default=20, metadata={"help": "The denoising steps."})
+    max_train_steps: int = field(default=800, metadata={"help": "The number of updates per run."})
+    train_batch_size: int = field(default=48, metadata={"help": "The number of images per update."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "The learning rate of the encoder."})
+    mixed_precision: str = field(default="no", metadata={"help": "The precision of training: no or bf16."})
+    dataloader_num_workers: int = field(
+        default=2, metadata={"help": "The number of subprocesses per run that read and tokenize the data."}
+    )
+    num_curve_points: int = field(
+        default=4, metadata={"help": "The number of points in a run at which prompts are drawn."}
+    )
+    num_curve_prompts: int = field(
+        default=250, metadata={"help": "The number of held-out prompts to draw at each of these points."}
+    )
+    num_prompts: int = field(
+        default=1000, metadata={"help": "The number of held-out prompts to draw at the end of a run."}
+    )
+    num_other_prompts: int = field(
+        default=500, metadata={"help": "The number of held-out prompts to draw with each other UNet."}
+    )
+    num_short: int = field(
+        default=250, metadata={"help": "The maximum number of held-out prompts that fit 77 tokens."}
+    )
+    num_drift: int = field(default=48, metadata={"help": "The number of short prompts on which drift is measured."})
+    num_groups: int = field(
+        default=48, metadata={"help": "The number of groups of eight near-duplicates for retrieval."}
+    )
+    num_probe_captions: int = field(
+        default=300, metadata={"help": "The number of captions for the probes. 0 leaves the probes out."}
+    )
+    draw_batch_size: int = field(default=125, metadata={"help": "The number of prompts to draw at a time."})
+    num_inference_steps: int = field(default=20, metadata={"help": "The number of denoising steps."})
     guidance_scale: float = field(default=3.0, metadata={"help": "The guidance scale."})
 
     def __post_init__(self) -> None:

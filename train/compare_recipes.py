@@ -89,34 +89,60 @@ Results = dict[str, list[Result]]
 class Arguments:
     """The defaults make docs/results/recipes.md on two cores."""
 
-    output_dir: Path = field(default=Path("runs/recipes"), metadata={"help": "The folder of results and report."})
+    output_dir: Path = field(
+        default=Path("runs/recipes"), metadata={"help": "The folder where the results and the report are written."}
+    )
     recipes: list[str] = field(
-        default_factory=list, metadata={"help": "The names in train/recipes. The default is all; none is no recipe."}
+        default_factory=list,
+        metadata={
+            "help": "The names of recipes in train/recipes. The default is all of them. none stands for no recipe."
+        },
     )
     sweeps: list[str] = field(
-        default_factory=list, metadata={"help": "The names in train/sweeps, or all. The default is none."}
+        default_factory=list,
+        metadata={"help": "The names of sweeps in train/sweeps, or all. The default is no sweep."},
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "The seeds of each recipe."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "The random seeds with which each recipe is trained."}
+    )
     pretrained_model_name_or_path: str = field(
-        default=str(BUNDLED_MODEL / "clip"), metadata={"help": "The CLIP that all recipes start from."}
+        default=str(BUNDLED_MODEL / "clip"), metadata={"help": "The CLIP that every recipe starts from."}
     )
     base: str = field(
-        default=str(BUNDLED_MODEL), metadata={"help": "The Stable Diffusion whose frozen UNet draws scenes."}
+        default=str(BUNDLED_MODEL), metadata={"help": "The Stable Diffusion model whose frozen UNet draws scenes."}
     )
-    max_train_steps: int = field(default=24, metadata={"help": "The updates of a run."})
-    train_batch_size: int = field(default=40, metadata={"help": "The pairs, in groups of eight near-duplicates."})
-    learning_rate: float = field(default=3e-5, metadata={"help": "The rate of all parameters of all recipes."})
+    max_train_steps: int = field(default=24, metadata={"help": "The number of updates per run."})
+    train_batch_size: int = field(
+        default=40, metadata={"help": "The number of pairs per batch, in groups of eight near-duplicates."}
+    )
+    learning_rate: float = field(
+        default=3e-5, metadata={"help": "The learning rate of all parameters of all recipes."}
+    )
     mixed_precision: str = field(default="no", metadata={"help": "The precision of training: no or bf16."})
-    num_groups: int = field(default=24, metadata={"help": "The groups of eight in the gallery."})
-    num_probe_captions: int = field(default=400, metadata={"help": "The captions of the probes. Half fit the probe."})
-    num_short_prompts: int = field(default=100, metadata={"help": "The prompts on which drift is measured."})
-    num_drawn_prompts: int = field(default=24, metadata={"help": "The prompts that the frozen UNet draws. 0: none."})
-    num_inference_steps: int = field(default=10, metadata={"help": "The denoising steps of a drawing."})
-    guidance_scale: float = field(default=3.0, metadata={"help": "The guidance scale of a drawing."})
-    tune_steps: int = field(default=0, metadata={"help": "The updates through the frozen UNet. 0 leaves them out."})
-    jobs: int = field(default=1, metadata={"help": "The runs at a time. They share the cores and the GPU."})
-    write_only: bool = field(default=False, metadata={"help": "Train nothing; report what is there."})
-    page: Path | None = field(default=None, metadata={"help": "Where to write the results page."})
+    num_groups: int = field(default=24, metadata={"help": "The number of groups of eight scenes in the gallery."})
+    num_probe_captions: int = field(
+        default=400, metadata={"help": "The number of captions for the probes. Half of them fit the probe."}
+    )
+    num_short_prompts: int = field(
+        default=100, metadata={"help": "The number of short prompts on which drift is measured."}
+    )
+    num_drawn_prompts: int = field(
+        default=24, metadata={"help": "The number of prompts that the frozen UNet draws. 0 turns drawing off."}
+    )
+    num_inference_steps: int = field(default=10, metadata={"help": "The number of denoising steps per image."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "The guidance scale for drawing."})
+    tune_steps: int = field(
+        default=0, metadata={"help": "The number of updates through the frozen UNet. 0 leaves this tuning out."}
+    )
+    jobs: int = field(
+        default=1, metadata={"help": "The number of runs at a time. They share the CPU cores and the GPU."}
+    )
+    write_only: bool = field(
+        default=False, metadata={"help": "Whether to train nothing and report the existing results."}
+    )
+    page: Path | None = field(
+        default=None, metadata={"help": "The path where the results page is written. The default is no page."}
+    )
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("max_train_steps", "num_groups", "num_inference_steps", "num_short_prompts", "jobs"), 1)
@@ -479,9 +505,10 @@ def difference(one: list[Result], other: list[Result], name: str) -> dict[str, A
     """A recipe's figure less another's with its interval: of the gallery by query, of pictures by prompt."""
     if "/" in name:
         return interval(pooled(one, name) - pooled(other, name))
-    if not all(result.get(name) for result in (*one, *other)):
+    drawn = [[result for result in results if result.get(name)] for results in (one, other)]
+    if not all(drawn):
         return None
-    (a, prompts), (b, _) = (facts(results, name, True) for results in (one, other))
+    (a, prompts), (b, _) = (facts(results, name, True) for results in drawn)
     return bootstrap_interval(a - b, prompts)
 
 
@@ -527,7 +554,10 @@ def readings(results: Results) -> list[str]:
         return []
     names = [name for name in trained if name != UNTRAINED]
     titles = {"whole/global/text_to_image": "**Retrieval** (R@1, global cosine)",
-              "pictures": "**Plugged in** (facts drawn after token 77)"}  # fmt: skip
+              "pictures": "**Plugged in** (facts drawn after token 77)",
+              "tuned": "**Tuned through the UNet** (facts drawn after token 77)"}  # fmt: skip
+    if not any(one.get("tuned") for one in trained[UNTRAINED]):
+        del titles["tuned"]
     lines = [
         f"- {title}, compared with the stretched, untrained encoder. {told_apart(trained, name, UNTRAINED, names)}"
         for name, title in titles.items()
@@ -725,6 +755,8 @@ def page(
         "choices": "\n".join(choices(results)),
         "precision": "float32" if ran["settings"]["mixed_precision"] == "no" else "bfloat16",
         "missing": listed_missing(missing),
+        "hours": sum(one["cpu_seconds"] for own in (results | swept).values() for one in own) / 3600,
+        "runs": sum(map(len, (results | swept).values())),
     }
     text = TEXT.read_text(encoding="utf-8").format_map(values)
     lines = [text.rstrip(), "", "## What it says", "", *readings(results), "", "## Tables", "", *tables(results)]

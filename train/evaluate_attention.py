@@ -33,16 +33,24 @@ PARTS = ("sentence", "fact")
 class Arguments:
     """The defaults make the figures of docs/app.md."""
 
-    output_dir: Path = field(metadata={"help": "Where report.json and report.md are written."})
-    model: Path = field(default=BUNDLED_MODEL, metadata={"help": "A pipeline folder that holds finelip/."})
-    num_prompts: int = field(default=200, metadata={"help": "Held-out scenes, four to nine objects each."})
-    first_seed: int = field(
-        default=0, metadata={"help": "Scene, caption and noise of prompt i have this seed plus i."}
+    output_dir: Path = field(metadata={"help": "The folder where report.json and report.md are written."})
+    model: Path = field(default=BUNDLED_MODEL, metadata={"help": "The folder of a pipeline that contains finelip/."})
+    num_prompts: int = field(
+        default=200, metadata={"help": "The number of held-out scenes, with four to nine objects each."}
     )
-    num_inference_steps: int = field(default=20, metadata={"help": "Denoising steps."})
-    guidance_scale: float = field(default=3.0, metadata={"help": "Classifier-free guidance."})
-    batch_size: int = field(default=20, metadata={"help": "Images drawn at once; changes nothing but time."})
-    strategies: list[str] = field(default_factory=lambda: list(STRATEGIES), metadata={"help": f"Among {STRATEGIES}."})
+    first_seed: int = field(
+        default=0,
+        metadata={
+            "help": "The seed of the first prompt. Prompt i uses this seed plus i for its scene, caption and noise."
+        },
+    )
+    num_inference_steps: int = field(default=20, metadata={"help": "The number of denoising steps."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "The scale of classifier-free guidance."})
+    batch_size: int = field(default=20, metadata={"help": "The number of images per batch. It only affects speed."})
+    strategies: list[str] = field(
+        default_factory=lambda: list(STRATEGIES),
+        metadata={"help": f"The strategies to measure: {', '.join(STRATEGIES)}."},
+    )
 
     def __post_init__(self) -> None:
         for name, least in {"num_prompts": 2, "batch_size": 1, "num_inference_steps": 1}.items():

@@ -93,83 +93,140 @@ class Arguments(Settings):
     """A value on the command line goes before the one in the configuration."""
 
     output_dir: Path = field(
-        default=Path("runs/evaluation"), metadata={"help": "Where images, features and the reports are written."}
+        default=Path("runs/evaluation"),
+        metadata={"help": "The folder where images, features and reports are written."},
     )
-    config: Path | None = field(default=None, metadata={"help": "A YAML file of these flags; train/configs has some."})
+    config: Path | None = field(
+        default=None,
+        metadata={"help": "The path of a YAML file with values for these flags, such as those in train/configs."},
+    )
     encoders: list[str] = field(
         default_factory=lambda: [*STRATEGIES, "finelip"],
         metadata={
-            "help": f"{', '.join(STRATEGIES)}, finelip (the model's own finelip/), or [NAME=]SOURCE of a long text "
-            "encoder: folder, hub id or checkpoint; finelip@0.5 and SOURCE@0.5 blend the stock encoder in."
+            "help": f"The text encoders: {', '.join(STRATEGIES)}, finelip (the model's own finelip/), or "
+            "[NAME=]SOURCE for a long text encoder, whose source is a folder, a hub id or a "
+            "checkpoint. finelip@0.5 and SOURCE@0.5 blend in the stock encoder."
         },
     )
     unets: list[str] = field(
         default_factory=lambda: ["base"],
-        metadata={"help": "base, adapted (the model's own finelip/unet), or [NAME=]FOLDER that holds unet/."},
+        metadata={
+            "help": "The UNets: base, adapted (the model's own finelip/unet), or [NAME=]FOLDER for a folder "
+            "that contains unet/."
+        },
     )
     data: str = field(
         default="scenes",
         metadata={
-            "help": "Prompts and reference images: scenes[:WORDING], or any dataset; or prompts alone, as published: "
-            f"{', '.join(f'{name}:FOLDER' for name in PROMPT_SETS)}."
+            "help": "The prompts and reference images: scenes[:WORDING] or any dataset. Or prompts alone, as "
+            f"published: {', '.join(f'{name}:FOLDER' for name in PROMPT_SETS)}."
         },
     )
-    split: str = field(default="test", metadata={"help": "Of data that has splits."})
-    image_root: Path | None = field(default=None, metadata={"help": "Where a list's images are, if not beside it."})
-    image_column: str | None = field(default=None, metadata={"help": "Of a list, if it is not the usual one."})
-    caption_column: str | None = field(default=None, metadata={"help": "Of a list, if it is not the usual one."})
-    max_bad_fraction: float = field(default=0.01, metadata={"help": "Of examples that may be unusable."})
-    num_prompts: int = field(default=1000, metadata={"help": "The first so many, one for each reference image."})
-    num_short: int = field(default=200, metadata={"help": "Short prompts, to see what is lost; 0 leaves them out."})
-    num_changed: int = field(
-        default=100, metadata={"help": "Prompts drawn again with one thing after token 77 changed."}
+    split: str = field(default="test", metadata={"help": "The split of the data to use, if it has splits."})
+    image_root: Path | None = field(
+        default=None,
+        metadata={"help": "The folder that contains the images of a JSON or CSV file, if they are not beside it."},
     )
-    num_drift: int = field(default=32, metadata={"help": "Short prompts on which drift is measured."})
-    batch_size: int = field(default=8, metadata={"help": "Images at once; changes nothing but time."})
+    image_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "The name of the field that holds the image. The default is the first of image, file_name, "
+            "image_file, image_path and filename that exists."
+        },
+    )
+    caption_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "The name of the field that holds the caption. The default is the first of caption, text, "
+            "description, captions and conversations that exists."
+        },
+    )
+    max_bad_fraction: float = field(
+        default=0.01, metadata={"help": "The maximum share of unusable examples. The run stops if there are more."}
+    )
+    num_prompts: int = field(
+        default=1000,
+        metadata={"help": "The number of prompts, from the start of the data, with one for each reference image."},
+    )
+    num_short: int = field(
+        default=200,
+        metadata={"help": "The maximum number of short prompts, which show what is lost. 0 leaves them out."},
+    )
+    num_changed: int = field(
+        default=100, metadata={"help": "The number of prompts to draw again with one thing after token 77 changed."}
+    )
+    num_drift: int = field(default=32, metadata={"help": "The number of short prompts on which drift is measured."})
+    batch_size: int = field(default=8, metadata={"help": "The number of images per batch. It only affects speed."})
     features: list[str] = field(
         default_factory=lambda: ["effnet_fd"],
-        metadata={"help": "NAME[=WEIGHTS] of effnet_fd, fid, clip_fd, dinov2_fd, cmmd; docs/metrics.md has them."},
+        metadata={
+            "help": "The image features for the distances, each as NAME[=WEIGHTS]: effnet_fd, fid, clip_fd, "
+            "dinov2_fd or cmmd. See docs/metrics.md."
+        },
     )
     judges: list[str] = field(
-        default_factory=list, metadata={"help": "[NAME=]SOURCE of CLIPs that score images, of any length."}
+        default_factory=list,
+        metadata={"help": "The CLIPs that score the images, each as [NAME=]SOURCE, with any text length."},
     )
     vqa: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "[NAME=]SOURCE[@REVISION] of vision-language models of transformers that are asked about the "
-            "images: the questions of the prompts, and whether they show them."
+            "help": "The vision-language models of transformers that answer questions about the images, each "
+            "as [NAME=]SOURCE[@REVISION]. They are asked the questions of the prompts, and whether the "
+            "images show the prompts."
         },
     )
-    vqa_batch_size: int = field(default=8, metadata={"help": "Questions at once; changes nothing but time."})
+    vqa_batch_size: int = field(
+        default=8, metadata={"help": "The number of questions per batch. It only affects speed."}
+    )
     preferences: list[str] = field(
         default_factory=list,
-        metadata={"help": f"NAME[=WEIGHTS] of what people prefer: {', '.join(PREFERENCES)}."},
+        metadata={"help": f"The models of human preference, each as NAME[=WEIGHTS]: {', '.join(PREFERENCES)}."},
     )
     images_per_prompt: int = field(
-        default=1, metadata={"help": "Of a set of prompts; DPG-Bench has 4, which go into one file two by two."}
+        default=1,
+        metadata={
+            "help": "The number of images per prompt of a prompt set. DPG-Bench has 4, which go into one file, "
+            "two by two."
+        },
     )
     official_layout: bool = field(
-        default=True, metadata={"help": "Whether images of a set of prompts are laid where its own script looks, too."}
+        default=True,
+        metadata={
+            "help": "Whether to also write the images of a prompt set where the set's own script looks for them."
+        },
     )
     dpg_quirks: bool = field(
-        default=False, metadata={"help": "DPG-Bench: count as its own script does, with its oversights."}
+        default=False,
+        metadata={
+            "help": "Whether to count as DPG-Bench's own script does, including its oversights. Only for DPG-Bench."
+        },
     )
     reference: list[str] = field(
         default_factory=lambda: list(REFERENCES),
         metadata={
-            "help": "What distances are taken to: the original reference images, and the references reconstructed by "
-            "the model's autoencoder, which whatever the model draws has gone through."
+            "help": "The images that distances are measured to: original for the reference images as they are, "
+            "reconstructed for the same images after the model's autoencoder, which everything that "
+            "the model draws has passed through."
         },
     )
     ladder: list[int] = field(
         default_factory=list,
-        metadata={"help": "Scenes: distances of pictures with so many facts wrong, such as 1 2 4, as a yardstick."},
+        metadata={
+            "help": "The numbers of wrong facts, such as 1 2 4, in rendered scenes whose distances serve as a "
+            "yardstick. Only for scenes."
+        },
     )
     kid_subset_size: int = field(
-        default=1000, metadata={"help": "Images in a subset of the kernel distance, at most half."}
+        default=1000,
+        metadata={"help": "The number of images in a subset for the kernel distance, at most half of all images."},
     )
-    num_resamples: int = field(default=100, metadata={"help": "Of the bootstrap of Frechet distances."})
-    num_examples: int = field(default=4, metadata={"help": "Best, worst and first prompts on the page, of each."})
+    num_resamples: int = field(
+        default=100, metadata={"help": "The number of bootstrap resamples for Frechet distances and CMMD."}
+    )
+    num_examples: int = field(
+        default=4, metadata={"help": "The number of prompts of each kind on the page: best, worst, first and changed."}
+    )
 
     def __post_init__(self) -> None:
         least = {"num_prompts": 2, "num_short": 0, "num_changed": 0, "num_drift": 0, "num_inference_steps": 1,

@@ -36,38 +36,70 @@ OWN_SCORES = {"laps": "LAPS", "flair": "FLAIR, text-conditioned", "filip": "FILI
 class Arguments:
     """The defaults measure on a thousand scenes."""
 
-    output_dir: Path = field(metadata={"help": "Where report.json and report.md are written."})
+    output_dir: Path = field(metadata={"help": "The folder where report.json and report.md are written."})
     model: list[str] = field(
         metadata={
-            "help": "Folders of finetune_encoder.py (finelip_model), or CLIPs: folders, hub ids, files.",
+            "help": "The models to evaluate: finelip_model folders of finetune_encoder.py, or CLIPs as "
+            "folders, hub ids or files.",
             "action": "extend",
         }
     )
     data: list[str] = field(
-        default_factory=list, metadata={"help": "Folders and files; scenes, which is the default.", "action": "extend"}
+        default_factory=list,
+        metadata={"help": "The data to search: folders, files or scenes. The default is scenes.", "action": "extend"},
     )
-    split: str = field(default="test", metadata={"help": "Of data that has splits."})
-    image_root: Path | None = field(default=None, metadata={"help": "Where a list's images are, if not beside it."})
-    image_column: str | None = field(default=None, metadata={"help": "Of a list, if it is not the usual one."})
-    caption_column: str | None = field(default=None, metadata={"help": "Of a list, if it is not the usual one."})
-    num_captions: int | None = field(default=None, metadata={"help": "Only the first so many; not for scenes."})
-    num_groups: int = field(default=128, metadata={"help": "Of eight scenes each."})
-    seed: int = field(default=0, metadata={"help": "Which scenes."})
+    split: str = field(default="test", metadata={"help": "The split of the data to use, if it has splits."})
+    image_root: Path | None = field(
+        default=None,
+        metadata={"help": "The folder that contains the images of a JSON or CSV file, if they are not beside it."},
+    )
+    image_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "The name of the field that holds the image. The default is the first of image, file_name, "
+            "image_file, image_path and filename that exists."
+        },
+    )
+    caption_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "The name of the field that holds the caption. The default is the first of caption, text, "
+            "description, captions and conversations that exists."
+        },
+    )
+    num_captions: int | None = field(
+        default=None,
+        metadata={
+            "help": "The number of captions, from the start of the data. It does not apply to scenes. The "
+            "default is all."
+        },
+    )
+    num_groups: int = field(default=128, metadata={"help": "The number of groups of eight scenes."})
+    seed: int = field(default=0, metadata={"help": "The random seed that selects the scenes."})
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Stretch CLIPs, untrained, to so many tokens; by default they stay as they are."},
+        metadata={
+            "help": "The number of tokens to which CLIPs are stretched, without training. The default leaves "
+            "them as they are."
+        },
     )
     views: list[str] = field(
         default_factory=lambda: [view for view in VIEWS if view != "sentences"],
         metadata={
-            "help": f"How captions are shown: whole, and any of {', '.join(VIEWS[1:])}. With sentences, each sentence "
-            "is a query of its own, which takes several times as long."
+            "help": f"The views of the captions: whole, and any of {', '.join(VIEWS[1:])}. With sentences, each "
+            "sentence is a separate query, which takes several times as long."
         },
     )
-    global_share: float = field(default=GLOBAL_SHARE, metadata={"help": "Of the global cosine in FineLIP*."})
-    batch_size: int = field(default=64, metadata={"help": "Images, or captions, at once; changes nothing but time."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
-    mixed_precision: Literal["no", "fp16", "bf16"] = field(default="no", metadata={"help": "Precision of the towers."})
+    global_share: float = field(
+        default=GLOBAL_SHARE, metadata={"help": "The weight of the global cosine in the score FineLIP*."}
+    )
+    batch_size: int = field(
+        default=64, metadata={"help": "The number of images or captions per batch. It only affects speed."}
+    )
+    num_workers: int = field(default=0, metadata={"help": "The number of subprocesses that decode images."})
+    mixed_precision: Literal["no", "fp16", "bf16"] = field(
+        default="no", metadata={"help": "The precision of the towers."}
+    )
 
     def __post_init__(self) -> None:
         self.data = self.data or ["scenes"]

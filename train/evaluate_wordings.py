@@ -58,19 +58,29 @@ PEOPLE = Path(__file__).resolve().parents[1] / "examples" / "peoples_words.json"
 class Arguments:
     """The defaults make the figures of docs/scenes.md, in an hour on two cores."""
 
-    output_dir: Path = field(metadata={"help": "Where report.json and report.md are written."})
-    model: Path = field(default=BUNDLED_MODEL, metadata={"help": "A pipeline folder of the bundled world."})
-    finelip: str | None = field(default=None, metadata={"help": "Its long encoder; by default MODEL/finelip."})
-    unet: Path | None = field(default=None, metadata={"help": "A folder of another UNet, in place of the model's."})
-    long_prompt: LongPrompt = field(default="stretch", metadata={"help": "How prompts are read."})
-    sets: list[str] = field(default_factory=lambda: list(SETS), metadata={"help": f"Among {', '.join(SETS)}."})
-    num_prompts: int = field(default=100, metadata={"help": "Held-out scenes of each row."})
-    first_seed: int = field(
-        default=0, metadata={"help": "Scene, caption and noise of prompt i have this seed plus i."}
+    output_dir: Path = field(metadata={"help": "The folder where report.json and report.md are written."})
+    model: Path = field(default=BUNDLED_MODEL, metadata={"help": "The folder of a pipeline for the bundled world."})
+    finelip: str | None = field(
+        default=None,
+        metadata={"help": "The long encoder of the model. The default is finelip/ in the folder of --model."},
     )
-    num_inference_steps: int = field(default=20, metadata={"help": "Denoising steps."})
-    guidance_scale: float = field(default=3.0, metadata={"help": "Classifier-free guidance."})
-    batch_size: int = field(default=25, metadata={"help": "Images drawn at once."})
+    unet: Path | None = field(
+        default=None, metadata={"help": "The folder of a UNet to use instead of the model's own."}
+    )
+    long_prompt: LongPrompt = field(default="stretch", metadata={"help": "The strategy for reading long prompts."})
+    sets: list[str] = field(
+        default_factory=lambda: list(SETS), metadata={"help": f"The sets to measure: {', '.join(SETS)}."}
+    )
+    num_prompts: int = field(default=100, metadata={"help": "The number of held-out scenes per row."})
+    first_seed: int = field(
+        default=0,
+        metadata={
+            "help": "The seed of the first prompt. Prompt i uses this seed plus i for its scene, caption and noise."
+        },
+    )
+    num_inference_steps: int = field(default=20, metadata={"help": "The number of denoising steps."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "The scale of classifier-free guidance."})
+    batch_size: int = field(default=25, metadata={"help": "The number of images per batch."})
 
     def __post_init__(self) -> None:
         for name, least in {"num_prompts": 2, "batch_size": 1, "num_inference_steps": 1}.items():

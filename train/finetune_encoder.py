@@ -73,42 +73,95 @@ MAX_LOGIT_SCALE = math.log(100)
 class Arguments(RunFlags):
     """Names follow diffusers' training examples. Where a default is none, the recipe decides."""
 
-    recipe: str = field(default="finelip", metadata={"help": "A name in train/recipes, or the path of a YAML file."})
+    recipe: str = field(
+        default="finelip", metadata={"help": "The name of a recipe in train/recipes, or the path of a YAML file."}
+    )
     pretrained_model_name_or_path: str = field(
         default=str(BUNDLED_CLIP),
-        metadata={"help": "A CLIP: folder, hub id or file. By default the bundled 77-token CLIP of scenes."},
+        metadata={
+            "help": "The CLIP to train: a folder, a hub id or a file. The default is the bundled 77-token CLIP "
+            "for scenes."
+        },
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub id."})
+    revision: str | None = field(default=None, metadata={"help": "The branch, tag or commit of a hub id."})
     max_length: int | None = field(
-        default=None, metadata={"help": "Tokens that the encoder shall read. The default is the recipe's, or 248."}
+        default=None,
+        metadata={"help": "The number of tokens that the encoder reads. The default is the recipe's, or 248."},
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, ...; by default eager on a CPU, where it is the faster one."}
+        default=None,
+        metadata={
+            "help": "The attention implementation, such as eager or sdpa. The default is eager on a CPU, where "
+            "it is faster, and sdpa elsewhere."
+        },
     )
 
-    length_bucketing: bool = field(default=False, metadata={"help": "Put captions of like length into one batch."})
+    length_bucketing: bool = field(
+        default=False, metadata={"help": "Whether to put captions of similar length into the same batch."}
+    )
     micro_batch_size: int | None = field(
-        default=None, metadata={"help": "Encode so many pairs at once, with the gradients of the whole batch."}
+        default=None,
+        metadata={
+            "help": "The number of pairs to encode at a time. The gradients are still those of the whole "
+            "batch. The default encodes the whole batch at once."
+        },
     )
     cache_dir: Path | None = field(
         default=None,
-        metadata={"help": "The folder that keeps what a frozen image tower and a teacher make of images and prompts."},
+        metadata={
+            "help": "The folder where the outputs of a frozen image tower and of a teacher, for images and "
+            "prompts, are cached. The default is no cache."
+        },
     )
     shard: bool = field(
-        default=False, metadata={"help": "Share weights and optimizer out over the processes (FSDP2)."}
+        default=False, metadata={"help": "Whether to shard weights and optimizer states across the processes (FSDP2)."}
     )
-    learning_rate: float | None = field(default=None, metadata={"help": "Of the towers."})
-    head_learning_rate: float | None = field(default=None, metadata={"help": "Of what is drawn anew."})
-    lr_warmup_steps: int | None = field(default=None, metadata={"help": "Updates over which rates rise."})
-    loss_warmup_steps: int | None = field(default=None, metadata={"help": "Updates over which the loss rises."})
-    adam_weight_decay: float | None = field(default=None, metadata={"help": "Of all but positions."})
-    max_grad_norm: float | None = field(default=None, metadata={"help": "Norm at which gradients are cut; 0: never."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "The learning rate of the towers. The default is the recipe's."}
+    )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "The learning rate of the modules that a CLIP does not have, such as the refinement. The "
+            "default is the recipe's."
+        },
+    )
+    lr_warmup_steps: int | None = field(
+        default=None,
+        metadata={"help": "The number of updates for the warmup of the learning rates. The default is the recipe's."},
+    )
+    loss_warmup_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "The number of updates over which the loss is scaled from 0 to 1. The default comes from "
+            "the recipe's loss_warmup_epochs."
+        },
+    )
+    adam_weight_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "The weight decay of AdamW. It does not apply to positions, the logit scale and singular "
+            "values. The default is the recipe's."
+        },
+    )
+    max_grad_norm: float | None = field(
+        default=None,
+        metadata={"help": "The maximum gradient norm. 0 turns clipping off. The default is the recipe's."},
+    )
     validation_data: str | None = field(
-        default=None, metadata={"help": "As --train_data, held out; for scenes its own gallery of near-duplicates."}
+        default=None,
+        metadata={
+            "help": "The held-out data, in any format of --train_data. The default is a gallery of "
+            "near-duplicates if --train_data is scenes, and no validation otherwise."
+        },
     )
-    validation_split: str = field(default="test", metadata={"help": "Of --validation_data, where it has splits."})
-    validation_steps: int = field(default=500, metadata={"help": "Updates from one validation to the next."})
-    num_validation_examples: int = field(default=512, metadata={"help": "Pairs in the gallery."})
+    validation_split: str = field(
+        default="test", metadata={"help": "The split of --validation_data to use, if it has splits."}
+    )
+    validation_steps: int = field(default=500, metadata={"help": "The number of updates between validations."})
+    num_validation_examples: int = field(
+        default=512, metadata={"help": "The number of image-caption pairs for validation."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

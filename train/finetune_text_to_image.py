@@ -110,125 +110,180 @@ class Arguments(RunFlags):
     """Names follow diffusers' training examples."""
 
     preset: str | None = field(
-        default=None, metadata={"help": "A name in train/tunings, or a YAML file, of defaults for the other flags."}
+        default=None,
+        metadata={
+            "help": "The name of a preset in train/tunings, or the path of a YAML file, with defaults for the "
+            "other flags."
+        },
     )
     pretrained_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "The Stable Diffusion: folder, hub id or one file. The default is the bundled model."},
+        metadata={
+            "help": "The Stable Diffusion model: a folder, a hub id or a single file. The default is the "
+            "bundled model."
+        },
     )
     revision: str | None = field(default=None, metadata={"help": "The branch, tag or commit of a hub id."})
     config: str | None = field(
         default=None,
-        metadata={"help": "A folder or hub id whose configurations one file is read with. The default is the hub's."},
+        metadata={
+            "help": "The folder or hub id with the configurations for a single file. The default is the hub id "
+            "that diffusers chooses."
+        },
     )
     finelip: str | None = field(
         default=None,
         metadata={
-            "help": "The long encoder to start from, or stretched for the base's own. The default is the bundled one "
-            "for the bundled model, and stretched for others."
+            "help": "The long encoder to start from, or stretched for the model's own encoder with stretched "
+            "positions. The default is the bundled long encoder for the bundled model, and stretched "
+            "for other models."
         },
     )
     train: list[str] = field(
         default_factory=lambda: ["text_encoder"],
-        metadata={"help": "What is trained: text_encoder, unet_lora, or both names for one after the other."},
+        metadata={"help": "What to train: text_encoder, unet_lora, or both names to train one after the other."},
     )
     encoders: list[str] | None = field(
         default=None,
-        metadata={"help": "The encoders of SDXL that are trained: text_encoder, text_encoder_2. The default is both."},
+        metadata={"help": "The text encoders of SDXL to train: text_encoder, text_encoder_2. The default is both."},
     )
     lora_rank: int | None = field(
-        default=None, metadata={"help": "The rank of adapters in the encoder. The default trains it whole."}
+        default=None,
+        metadata={
+            "help": "The rank of the LoRA adapters in the encoder. The default trains the whole encoder instead."
+        },
     )
     unet_lora_rank: int = field(default=16, metadata={"help": "The rank of the UNet's LoRA."})
     terms: list[str] = field(
         default_factory=lambda: ["denoising=1", "kept_states=1"],
         metadata={
-            "help": f"The terms of the loss, NAME=WEIGHT: {', '.join(TERMS)}, or a recipe's name in train/recipes."
+            "help": f"The terms of the loss, each as NAME=WEIGHT: {', '.join(TERMS)}, or the name of a recipe "
+            "in train/recipes."
         },
     )
 
     resolution: int = field(
-        default=0, metadata={"help": "The side of the images in pixels. 0, the default, is the model's own."}
+        default=0,
+        metadata={"help": "The side length of the images in pixels. 0, the default, uses the model's own size."},
     )
     aspect_ratio_buckets: bool = field(
-        default=False, metadata={"help": "Keep the aspect ratios of images: one bucket for each, of equal area."}
+        default=False,
+        metadata={
+            "help": "Whether to crop each image to the nearest of several aspect ratios of about equal area, "
+            "instead of to a square."
+        },
     )
     cache_dir: Path | None = field(
         default=None,
-        metadata={"help": "The folder of cached latents and trajectories. The default is --output_dir/cache."},
+        metadata={"help": "The folder for cached latents and trajectories. The default is cache/ in --output_dir."},
     )
-    empty_captions: float = field(default=0.1, metadata={"help": "The share of captions that are left out."})
+    empty_captions: float = field(
+        default=0.1, metadata={"help": "The share of captions that are replaced with empty strings."}
+    )
     padded_batches: float = field(
         default=0.5,
-        metadata={"help": "The share of batches padded to the encoder's length. Others end at the longest caption."},
+        metadata={
+            "help": "The share of batches that are padded to the encoder's full length. The others end at "
+            "their longest caption."
+        },
     )
-    length_bucketing: bool = field(default=False, metadata={"help": "Put captions of like length into one batch."})
+    length_bucketing: bool = field(
+        default=False, metadata={"help": "Whether to put captions of similar length into the same batch."}
+    )
     kept_every: int = field(
-        default=4, metadata={"help": "Every so many examples have a short prompt for the terms that keep."}
+        default=4,
+        metadata={
+            "help": "The number of examples for each short prompt of kept_states and kept_predictions. 4 gives "
+            "every fourth example a short prompt."
+        },
     )
     kept_data: str | None = field(
         default=None,
         metadata={
-            "help": "The data, as for --train_data, or a text file, whose captions the terms that keep are given: "
-            "such as the stock encoder understands. The default is the captions that are trained on."
+            "help": "The data with the captions for kept_states and kept_predictions, in any format of "
+            "--train_data or as a text file. The stock encoder should understand these captions. The "
+            "default is the training captions."
         },
     )
     restated_data: str | None = field(
         default=None,
         metadata={
-            "help": "The data, as for --train_data and of the same images in the same order, whose captions "
-            "restated_predictions reads with the encoder as it was: such as it understands."
+            "help": "The data with other captions of the training images, in the same order and in any format "
+            "of --train_data. restated_predictions reads them with the encoder as it was before "
+            "training, which should understand them."
         },
     )
-    timestep_sampling: str = field(default="uniform", metadata={"help": "The timesteps: uniform or high_noise."})
+    timestep_sampling: str = field(
+        default="uniform", metadata={"help": "The distribution of the timesteps: uniform or high_noise."}
+    )
     min_snr_gamma: float | None = field(
-        default=None, metadata={"help": "The bound of min-SNR weighting, 5 in its paper. The default does not weight."}
+        default=None,
+        metadata={"help": "The gamma of min-SNR loss weighting, 5 in its paper. The default is no weighting."},
     )
     teacher: str = field(
         default="segment",
         metadata={
-            "help": "How the teacher reads prompts: segment, chunk, or the long encoder's share of a blend, as 0.5."
+            "help": "How the teacher reads prompts: segment, chunk, or the long encoder's share in a blend, "
+            "such as 0.5."
         },
     )
     teacher_data: str | None = field(
         default=None,
         metadata={
-            "help": "The prompts of teacher_predictions: as --train_data, or a text file, a prompt a line. The "
-            "default is the captions that are trained on."
+            "help": "The data with the prompts for teacher_predictions, in any format of --train_data or as a "
+            "text file with one prompt per line. The default is the training captions."
         },
     )
-    num_teacher_prompts: int = field(default=4000, metadata={"help": "The prompts that the teacher draws, at most."})
-    teacher_points: int = field(default=4, metadata={"help": "The points of each trajectory that are kept."})
+    num_teacher_prompts: int = field(
+        default=4000, metadata={"help": "The maximum number of prompts that the teacher draws."}
+    )
+    teacher_points: int = field(default=4, metadata={"help": "The number of points that are kept of each trajectory."})
     retrieval_model: str | None = field(
         default=None,
         metadata={
-            "help": "The CLIP that a recipe compares captions with: folder, hub id or file. The default is "
-            "finelip_model in the folder of --finelip, or the bundled CLIP for the bundled model."
+            "help": "The CLIP with which a recipe compares images and captions: a folder, a hub id or a file. "
+            "The default is finelip_model in the folder of --finelip, or the bundled CLIP for the "
+            "bundled model."
         },
     )
-    recipe_batch_size: int = field(default=32, metadata={"help": "The pairs of a recipe in a batch of one process."})
+    recipe_batch_size: int = field(
+        default=32, metadata={"help": "The number of pairs per batch for a recipe, for each process."}
+    )
 
-    train_batch_size: int = field(default=16, metadata={"help": "The examples of a batch of one process."})
+    train_batch_size: int = field(default=16, metadata={"help": "The number of examples per batch, for each process."})
     learning_rate: float = field(default=1e-5, metadata={"help": "The learning rate of the encoder."})
     unet_learning_rate: float = field(default=1e-4, metadata={"help": "The learning rate of the UNet's LoRA."})
-    lr_warmup_steps: int = field(default=100, metadata={"help": "The updates over which the learning rate rises."})
-    adam_weight_decay: float = field(default=0.01, metadata={"help": "The weight decay, of all but positions."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "The norm to clip gradients at. 0 does not clip."})
+    lr_warmup_steps: int = field(
+        default=100, metadata={"help": "The number of updates for the warmup of the learning rate."}
+    )
+    adam_weight_decay: float = field(
+        default=0.01, metadata={"help": "The weight decay of AdamW. It does not apply to positions."}
+    )
+    max_grad_norm: float = field(default=1.0, metadata={"help": "The maximum gradient norm. 0 turns clipping off."})
     ema_decay: float = field(
-        default=0.999, metadata={"help": "The decay of the averaged weights, which are saved. 0 does not average."}
+        default=0.999,
+        metadata={
+            "help": "The decay of the averaged weights (EMA), which are the ones that are saved. 0 turns "
+            "averaging off."
+        },
     )
 
     validation_prompts: Path | None = field(
-        default=None, metadata={"help": "A text file of prompts to draw, one a line. The default is held-out scenes."}
+        default=None,
+        metadata={
+            "help": "The path of a text file with the prompts to draw, one per line. The default is held-out scenes."
+        },
     )
-    num_validation_prompts: int = field(default=8, metadata={"help": "The number of prompts to draw. 0 draws none."})
-    validation_batch_size: int = field(default=16, metadata={"help": "The prompts that are drawn at once."})
-    validation_steps: int = field(default=500, metadata={"help": "The updates between two validations."})
+    num_validation_prompts: int = field(
+        default=8, metadata={"help": "The number of prompts to draw in each validation. 0 turns validation off."}
+    )
+    validation_batch_size: int = field(default=16, metadata={"help": "The number of prompts to draw at a time."})
+    validation_steps: int = field(default=500, metadata={"help": "The number of updates between validations."})
     validation_inference_steps: int = field(
-        default=30, metadata={"help": "The denoising steps of a validation and of the teacher."}
+        default=30, metadata={"help": "The number of denoising steps for validation and for the teacher."}
     )
     validation_guidance_scale: float = field(
-        default=7.5, metadata={"help": "The guidance scale of a validation and of the teacher."}
+        default=7.5, metadata={"help": "The guidance scale for validation and for the teacher."}
     )
 
     def __post_init__(self) -> None:

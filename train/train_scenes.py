@@ -102,40 +102,70 @@ NEEDS = {  # what earlier stages must have left in the output folder
 class Arguments:
     """The defaults make the bundled model."""
 
-    output_dir: Path = field(default=Path("runs/scenes"), metadata={"help": "The folder of the stages and the model."})
+    output_dir: Path = field(
+        default=Path("runs/scenes"), metadata={"help": "The folder where the stages and the model are written."}
+    )
     preset: str | None = field(
-        default=None, metadata={"help": "A name in train/worlds, or a YAML file, of defaults for the other flags."}
+        default=None,
+        metadata={
+            "help": "The name of a preset in train/worlds, or the path of a YAML file, with defaults for the "
+            "other flags."
+        },
     )
-    stage: Stage = field(default="all", metadata={"help": "One stage, or all of them in turn."})
-    seed: int = field(default=0, metadata={"help": "The seed of the weights, the scenes, the captions and the noise."})
+    stage: Stage = field(default="all", metadata={"help": "The stage to run, or all to run every stage in order."})
+    seed: int = field(default=0, metadata={"help": "The random seed for weights, scenes, captions and noise."})
     num_captions: int = field(
-        default=1_000_000, metadata={"help": "The captions that are written once, in groups of near-duplicates."}
+        default=1_000_000,
+        metadata={"help": "The number of captions, which are written once, in groups of near-duplicates."},
     )
-    num_latents: int = field(default=160_000, metadata={"help": "The captions whose pictures the UNet learns."})
-    latent_channels: int = field(default=16, metadata={"help": "The channels of the latents."})
+    num_latents: int = field(
+        default=160_000, metadata={"help": "The number of captions whose images the UNet is trained on."}
+    )
+    latent_channels: int = field(default=16, metadata={"help": "The number of channels of the latents."})
     autoencoder_channels: list[int] = field(
         default_factory=lambda: [32, 48, 64, 64, 64],
-        metadata={"help": "The channels of the autoencoder's levels. Each level after the first halves the sides."},
+        metadata={
+            "help": "The numbers of channels of the autoencoder's levels. Each level after the first halves the sides."
+        },
     )
-    autoencoder_steps: int = field(default=4000, metadata={"help": "The steps of the autoencoder."})
-    autoencoder_batch_size: int = field(default=64, metadata={"help": "The scenes of its batch."})
-    decoder_steps: int = field(default=400, metadata={"help": "The further steps of its decoder, of 8 scenes each."})
-    image_steps: int = field(default=300, metadata={"help": "The steps of the image tower."})
-    clip_steps: int = field(default=2500, metadata={"help": "The steps of the text tower."})
-    clip_groups: int = field(default=96, metadata={"help": "The groups of eight in a batch of either."})
-    unet_steps: int = field(default=4000, metadata={"help": "The steps of the UNet."})
-    unet_batch_size: int = field(default=384, metadata={"help": "The scenes of its batch."})
-    long_clip_steps: int = field(default=800, metadata={"help": "The updates of 12 groups of eight, whole captions."})
-    tune_steps: int = field(default=1700, metadata={"help": "The updates through the frozen UNet."})
-    tune_batch_size: int = field(default=192, metadata={"help": "The scenes of its batch."})
-    tune_scenes: int = field(default=24_000, metadata={"help": "The scenes that it is tuned on."})
-    reword_steps: int = field(default=2000, metadata={"help": "The updates in other words."})
-    reword_batch_size: int = field(default=32, metadata={"help": "The scenes of its batch."})
-    reword_scenes: int = field(default=12_000, metadata={"help": "The scenes that it is trained on."})
-    checkpointing_steps: int = field(default=500, metadata={"help": "The steps between two checkpoints."})
-    mixed_precision: str = field(default="bf16", metadata={"help": "The precision of autocast, no or bf16."})
+    autoencoder_steps: int = field(default=4000, metadata={"help": "The number of training steps of the autoencoder."})
+    autoencoder_batch_size: int = field(
+        default=64, metadata={"help": "The number of scenes per batch for the autoencoder."}
+    )
+    decoder_steps: int = field(
+        default=400, metadata={"help": "The number of additional training steps of the decoder, on 8 scenes each."}
+    )
+    image_steps: int = field(default=300, metadata={"help": "The number of training steps of the image tower."})
+    clip_steps: int = field(default=2500, metadata={"help": "The number of training steps of the text tower."})
+    clip_groups: int = field(
+        default=96, metadata={"help": "The number of groups of eight scenes per batch for either tower."}
+    )
+    unet_steps: int = field(default=4000, metadata={"help": "The number of training steps of the UNet."})
+    unet_batch_size: int = field(default=384, metadata={"help": "The number of scenes per batch for the UNet."})
+    long_clip_steps: int = field(
+        default=800,
+        metadata={"help": "The number of updates of the long CLIP, on 12 groups of eight whole captions each."},
+    )
+    tune_steps: int = field(
+        default=1700, metadata={"help": "The number of updates through the frozen UNet in the stage tune."}
+    )
+    tune_batch_size: int = field(default=192, metadata={"help": "The number of scenes per batch in the stage tune."})
+    tune_scenes: int = field(default=24_000, metadata={"help": "The number of scenes in the stage tune."})
+    reword_steps: int = field(
+        default=2000, metadata={"help": "The number of updates on other wordings in the stage reword."}
+    )
+    reword_batch_size: int = field(
+        default=32, metadata={"help": "The number of scenes per batch in the stage reword."}
+    )
+    reword_scenes: int = field(default=12_000, metadata={"help": "The number of scenes in the stage reword."})
+    checkpointing_steps: int = field(default=500, metadata={"help": "The number of steps between checkpoints."})
+    mixed_precision: str = field(default="bf16", metadata={"help": "The precision of autocast: no or bf16."})
     num_workers: int | None = field(
-        default=None, metadata={"help": "The processes that write captions. The default is one for each core."}
+        default=None,
+        metadata={
+            "help": "The number of processes that write captions and, on a GPU, load data. The default is one "
+            "per CPU core."
+        },
     )
 
 
