@@ -126,6 +126,11 @@ def test_figures_are_means_over_seeds_and_intervals_over_what_was_drawn(script: 
     difference = "\n".join(script.paired(results, "one", ["other"]))
     assert "+0.750 [+0.500, +1.000]" in difference and "1 of 1" in difference
     assert "Higher: `one`. Lower: none. No clear difference: `other`." in script.readings(results)[0]
+    assert not any("Tuned" in line for line in script.readings(results))
+    tuned = {"tuned": [[2, 2, 3, 3], [1, 1, 1, 1]]}
+    both = results | {"untrained": [other[0] | {"tuned": other[0]["pictures"]}], "one": [one[0], one[1] | tuned]}
+    said = next(line for line in script.readings(both) if "Tuned" in line)
+    assert said.endswith("Higher: `one`. Lower: none. No clear difference: none.")  # the seeds that were tuned
     assert not script.paired(results, "one", ["chunk", "one"])
     assert {"no_atrm", "finelip_local"} <= set(script.bases()["finelip"])
     said = script.choices(results)
