@@ -746,7 +746,7 @@ def page(
     ]
     values = ran["settings"] | {
         "flags": " ".join(["", *flags]),
-        "tuned": f"{steps} updates of {', '.join(tuned)}"
+        "tuned": f"{steps} updates for {', '.join(tuned)} (`--tune_steps {steps}`)"
         if tuned
         else "nothing was tuned in this run (`--tune_steps`)",
         "seeds": ", ".join(map(str, seeds)),
