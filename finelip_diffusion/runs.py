@@ -76,8 +76,8 @@ class RunFlags:
     gradient_checkpointing: bool = field(
         default=False,
         metadata={
-            "help": "Whether to recompute activations in the backward pass. It saves memory and takes a third "
-            "more time."
+            "help": "Whether to recompute activations in the backward pass. It saves memory and takes a third to a "
+            "half more time."
         },
     )
     num_train_epochs: int = field(

@@ -151,6 +151,10 @@ def test_sweeps_are_plotted_with_their_intervals(script: ModuleType, tmp_path: P
     assert script.plot_sweeps([sweep], results, tmp_path / "sweeps.svg")
     drawing = (tmp_path / "sweeps.svg").read_text()
     assert drawing.count("<svg") == 1 and "LineCollection" in drawing
+    assert (
+        script.plot_sweeps([sweep], results, tmp_path / "again.svg")
+        and (tmp_path / "again.svg").read_text() == drawing
+    )
     assert "| 0.1 | 0.500 [0.000, 1.000] |" in "\n".join(script.sweep_tables([sweep], results))
     assert not script.sweep_readings([sweep], results)
     results["finelip"] = [result("finelip", 0, "0" * 16, [[1, 2, 1, 3]] * 2)]

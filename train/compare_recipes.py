@@ -631,6 +631,7 @@ def plot_sweeps(sweeps: Sequence[Sweep], results: Results, file: Path) -> bool:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "sweeps"  # the same file for the same figures
     from matplotlib import pyplot
 
     shown_sweeps = [(sweep, points) for sweep in sweeps if (points := sweep_points(sweep, results))]

@@ -38,19 +38,27 @@ STRATEGIES: dict[str, tuple[LongPrompt, str]] = {
 class Settings:
     """What decides an image beside its prompt and its condition."""
 
-    model: str = field(default="bundled", metadata={"help": "A Stable Diffusion 1.x, 2.x or XL: folder or hub id."})
-    negative_prompt: str | None = field(default=None, metadata={"help": "The same for all."})
-    num_inference_steps: int = field(default=30, metadata={"help": "Denoising steps."})
-    guidance_scale: float = field(default=7.5, metadata={"help": "Classifier-free guidance."})
-    height: int | None = field(default=None, metadata={"help": "Pixels; by default the model's own size."})
-    width: int | None = field(default=None, metadata={"help": "Pixels; by default the model's own size."})
-    seed: int = field(default=0, metadata={"help": "The noise of prompt i has this seed plus i."})
-    noise: Literal["per_prompt", "in_order"] = field(
-        default="per_prompt", metadata={"help": "in_order: one generator of the seed is consumed prompt by prompt."}
+    model: str = field(
+        default="bundled", metadata={"help": "The Stable Diffusion 1.x, 2.x or XL: a folder or hub id."}
     )
-    refiner: str | None = field(default=None, metadata={"help": "Of SDXL: folder or hub id; reads 77 tokens."})
-    refiner_start: float = field(default=0.8, metadata={"help": "Share of the steps after which the refiner goes on."})
-    dtype: Literal["float32", "float16", "bfloat16"] = field(default="float32", metadata={"help": "Of the weights."})
+    negative_prompt: str | None = field(default=None, metadata={"help": "The negative prompt of every image."})
+    num_inference_steps: int = field(default=30, metadata={"help": "The number of denoising steps."})
+    guidance_scale: float = field(default=7.5, metadata={"help": "The guidance scale."})
+    height: int | None = field(default=None, metadata={"help": "The height in pixels. The default is the model's."})
+    width: int | None = field(default=None, metadata={"help": "The width in pixels. The default is the model's."})
+    seed: int = field(default=0, metadata={"help": "The seed. The noise of prompt i has this seed plus i."})
+    noise: Literal["per_prompt", "in_order"] = field(
+        default="per_prompt", metadata={"help": "per_prompt, or in_order: one generator for all prompts in turn."}
+    )
+    refiner: str | None = field(
+        default=None, metadata={"help": "The SDXL refiner, which reads 77 tokens: a folder or hub id."}
+    )
+    refiner_start: float = field(
+        default=0.8, metadata={"help": "The share of the steps after which the refiner takes over."}
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = field(
+        default="float32", metadata={"help": "The data type of the weights."}
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- conditions
