@@ -463,6 +463,7 @@ def share_tower(model: FineLIPModel, encoder: TextEncoder) -> None:
         )
     for name in ("embeddings", "encoder", "final_layer_norm"):
         setattr(own, name, getattr(tower, name))
+    model.config.clip_config.text_config = encoder.config  # whose window decides how much of a caption is read
 
 
 def retrieval_step(

@@ -26,13 +26,14 @@ from finelip_diffusion.data.latents import (
     write_latents,
 )
 from finelip_diffusion.denoising import denoising_target, min_snr_weights, sample_timesteps
+from finelip_diffusion.evaluation.retrieval import embed_gallery, evaluate, scenes_gallery
 from finelip_diffusion.low_rank import adapt_encoder, adapt_unet, fuse, save_unet_lora
 from finelip_diffusion.memory import Counter, activation_bytes
-from finelip_diffusion.model import FineLIPModel
+from finelip_diffusion.model import FineLIPModel, load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import Object, Scene, describe, render, sample_scene
 from finelip_diffusion.teaching import Prompts, TrajectoryDataset, make_teacher, write_trajectories
-from finelip_diffusion.text_encoder import text_layers
+from finelip_diffusion.text_encoder import load_text_encoder, text_layers
 from finelip_diffusion.tuning import STRETCHED, Parts, TuningStep, encode, keep_start, load_parts, share_tower
 from finelip_diffusion.validation import Curve, counts_of, draw, prompts_of, recall
 
@@ -460,6 +461,14 @@ def test_a_shared_tower_is_one(parts: Parts) -> None:
     with torch.no_grad():
         assert torch.equal(model.clip.text_model(ids).last_hidden_state, bundled(ids).last_hidden_state)
     assert {id(weight) for weight in bundled.parameters()} <= {id(weight) for weight in model.parameters()}
+    short, _, image_processor = load_clip(BUNDLED_MODEL / "clip")  # of 77 positions
+    stretched, tokenizer = load_text_encoder(
+        BUNDLED_MODEL / "clip", max_length=248, dtype=torch.float32, projection=False
+    )
+    share_tower(short, stretched)
+    gallery = embed_gallery(short.eval(), tokenizer, image_processor, scenes_gallery(4))
+    ranks = evaluate(gallery)["ranks"]["whole/global/text_to_image/group"]
+    assert sum(rank == 0 for rank in ranks) > 8  # a reader of 77 tokens finds one of eight in each of the four groups
     with pytest.raises(ValueError, match=r"text tower has \(layers, width\) \(\d+, \d+\) and the encoder \(4, 32\)"):
         share_tower(model, parts.places["text_encoder"].encoder)
 

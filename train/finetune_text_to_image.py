@@ -412,7 +412,6 @@ def load_retrieval(name: str, parts: Parts, args: Arguments) -> Retrieval:
     refined = {f"refine_{side}": True if side in recipe.refine else None for side in ("image", "text")}
     model, tokenizer, image_processor = load_clip(source, refinement=recipe.refinement, **refined)
     share_tower(model, place.encoder)
-    model.config.clip_config.text_config = place.encoder.config
     tokenizer.model_max_length = place.tokenizer.model_max_length
     teacher = load_clip(source)[0]
     share_tower(teacher, place.stock)
