@@ -97,7 +97,7 @@ def test_each_run_is_done_once_and_tables_say_what_was_found(
         text.startswith("before\n")
         and text.endswith("after")
         and "old" not in text
-        and "### What does it cost?" in text
+        and "### What tuning costs" in text
     )
 
 

@@ -44,7 +44,7 @@ from finelip_diffusion.model import load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
 from finelip_diffusion.positions import STOCK_POSITIONS
 from finelip_diffusion.recipes import read_content
-from finelip_diffusion.scenes import ATTRIBUTES, Caption, describe, findings, read, render, sample_scene
+from finelip_diffusion.scenes import Caption, describe, findings, read, render, sample_scene
 from finelip_diffusion.tuning import STRETCHED, share_tower
 from finelip_diffusion.validation import Curve, draw
 
@@ -561,29 +561,27 @@ def curves(results: Results, args: Arguments) -> list[str]:
 
 
 def row_of(label: str, own: list[dict[str, Any]]) -> list[str]:
-    """What a setting draws, keeps and costs."""
-    spent = [result["curve"][-1]["milliseconds"] for result in own]
+    """What a setting draws and keeps."""
     return [
         f"{label} ({len(own)})", cell(side(own, "long", False)), cell(side(own, "long", True)),
         cell(side(own, "short", False)), cell(mean(own, "prediction_drift")),
-        f"{np.median(spent):.0f}",
     ]  # fmt: skip
 
 
-HEADS = ["setting (seeds)", "before token 77", "after token 77", "short prompts", "prediction drift", "ms an update"]
+HEADS = ["setting (seeds)", "before token 77", "after token 77", "short prompts", "prediction drift"]
 TITLES = {
-    "images": "How few images?",
+    "images": "Number of images",
     "teacher": "Captions without images",
-    "rank": "LoRA against the whole encoder",
-    "padding": "Padding against cutting",
-    "terms": "What keeps short prompts, and its price",
+    "rank": "LoRA and full training",
+    "padding": "Padding and cutting",
+    "terms": "Terms that keep short prompts",
 }
 
 
 def tables(args: Arguments) -> str:
     """The answers in Markdown."""
     results, asked = Results(args), settings(args)
-    lines = ["### Does FineLIP's stage matter, once the image teaches?", "", *curves(results, args)]
+    lines = ["### Starting encoder", "", *curves(results, args)]
     rows, further, elsewhere = [], [], []
     stock = results.of(STOCK, None)
     names = list(stock[0]["others"]) if stock else []
@@ -596,19 +594,17 @@ def tables(args: Arguments) -> str:
                          cell(mean(own, "state_drift")), cell(mean(own, "prediction_drift"))])  # fmt: skip
             if start != STOCK:
                 right = mean(own, "retrieval", lambda ranks: ranks and [rank == 0 for rank in ranks])
-                probes = [[result["probes"][name] for result in own if "probes" in result]
-                          for name in ATTRIBUTES]  # fmt: skip
-                shares = [number(float(np.mean(each))) if each else "–" for each in probes]
-                further.append([label, cell(right), *shares])
+                probes = [list(result["probes"].values()) for result in own if "probes" in result]
+                further.append([label, cell(right), number(float(np.mean(probes))) if probes else "–"])
             elsewhere.append([label, cell(side(own, "long", True)), *(
                 cell(side(own, "others", True, itemgetter(name))) for name in names
             )])  # fmt: skip
-    lines += ["### What does it cost?", ""]
+    lines += ["### What tuning costs", ""]
     lines += markdown_table(["encoder", "short prompts", "background", "state drift", "prediction drift"], rows)
-    heads = ["encoder", "right image in its group", *ATTRIBUTES]
+    heads = ["encoder", "right image in its group", "probes"]
     lines += ["", *markdown_table(heads, further), ""]
     if names:
-        lines += ["### Does it carry over to a UNet that it has not seen?", "", "Found after token 77:", "",
+        lines += ["### Transfer to another UNet", "", "Found after token 77:", "",
                   *markdown_table(["encoder", "the UNet it was tuned through", *names], elsewhere), ""]  # fmt: skip
     for question, title in TITLES.items():
         found = [(label, own) for label, setting in asked[question].items() if (own := results.of(*setting))]
@@ -618,11 +614,11 @@ def tables(args: Arguments) -> str:
     every = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(args.results.glob("*.json"))]
     devices = sorted({result["device"] for result in every})
     lines += [
-        f"{len(every)} runs on {', '.join(devices)}; {args.max_train_steps:,} updates of {args.train_batch_size} "
-        f"images, seeds {', '.join(map(str, args.seeds))}; {args.num_prompts:,} held-out prompts at the end, "
-        f"{args.num_curve_prompts:,} others at each point of a curve, {args.num_other_prompts:,} in other UNets, "
-        f"{args.num_short:,} short ones. In brackets 95% intervals, prompts and seeds drawn anew together. Starts are "
-        f"of one seed.",
+        f"{len(every)} runs on {', '.join(devices)}, {args.max_train_steps:,} updates of {args.train_batch_size} "
+        f"images, seeds {', '.join(map(str, args.seeds))}. Prompts are held out: {args.num_prompts:,} at the end of "
+        f"a run, {args.num_curve_prompts:,} others at each point of a curve, {args.num_short:,} short ones"
+        + (f", {args.num_other_prompts:,} in other UNets. " if names else ". ")
+        + "Brackets are 95% intervals that resample prompts and seeds together. Starts were trained once.",
     ]
     return "\n".join(lines)
 
