@@ -631,7 +631,10 @@ def plot_sweeps(sweeps: Sequence[Sweep], results: Results, file: Path) -> bool:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "sweeps"  # the same file for the same figures
+    matplotlib.rcParams |= {
+        "svg.hashsalt": "sweeps",
+        "svg.fonttype": "none",
+    }  # the same small file for the same figures
     from matplotlib import pyplot
 
     shown_sweeps = [(sweep, points) for sweep in sweeps if (points := sweep_points(sweep, results))]
