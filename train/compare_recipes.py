@@ -631,10 +631,8 @@ def plot_sweeps(sweeps: Sequence[Sweep], results: Results, file: Path) -> bool:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams |= {
-        "svg.hashsalt": "sweeps",
-        "svg.fonttype": "none",
-    }  # the same small file for the same figures
+    # Text as text, and names that do not change: a small file, the same for the same figures.
+    matplotlib.rcParams |= {"svg.hashsalt": "sweeps", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     shown_sweeps = [(sweep, points) for sweep in sweeps if (points := sweep_points(sweep, results))]
