@@ -34,8 +34,8 @@ class RunFlags:
     train_data: str = field(
         default="scenes",
         metadata={
-            "help": "The training data: scenes, scenes:WORDING, a folder, a JSON or CSV file, tar shards, or "
-            "the hub id of a dataset."
+            "help": "The training data: scenes, scenes:WORDING, a folder, a JSON or CSV file, tar shards "
+            "(for finetune_encoder.py only), or the hub id of a dataset."
         },
     )
     image_root: Path | None = field(
