@@ -1,12 +1,13 @@
 """What an update of image tuning costs at the size of Stable Diffusion 1.5, and what batch fits a card.
 
-Random weights cost what trained ones do. An update is that of `finetune_text_to_image.py` with its default terms:
-captions through the long encoder and the frozen UNet, every fourth with a short prompt whose states are kept, backward
-pass, clipping, AdamW and the average of the weights. The bare UNet is its forward and backward pass on as many states,
+Random weights cost what trained ones do. An update is that of `finetune_text_to_image.py`, by default with its default
+terms: captions through the long encoder and the frozen UNet, every fourth with a short prompt whose states are kept,
+backward pass, clipping, AdamW and the average of the weights. The bare UNet is its forward and backward pass on as many states,
 which somebody else made. Both take turns, so that other load on the machine meets them alike. Memory is the peak that
 torch's allocator held. A card's batch is the largest whose update runs while the process may have no more than that.
 
     python benchmarks/image_tuning.py --device cuda          # under 90 seconds of an H100
+    python benchmarks/image_tuning.py --batch_size 1 --mixed_precision no --terms restated_attention kept_states
     python benchmarks/image_tuning.py --tiny                 # a test of this script, on a CPU
 """
 
@@ -31,7 +32,7 @@ from finelip_diffusion.memory import activation_bytes
 from finelip_diffusion.positions import STOCK_POSITIONS
 from finelip_diffusion.text_encoder import MAX_LENGTH
 from finelip_diffusion.tokenizer import VOCAB_SIZE
-from finelip_diffusion.tuning import Parts, Place, TuningStep
+from finelip_diffusion.tuning import TERMS, Parts, Place, TuningStep, keep_start
 
 TIME_BAR = 1.15  # times the bare UNet's forward and backward pass
 KEPT_EVERY = 4
@@ -50,6 +51,10 @@ class Arguments:
     latent_size: int = field(
         default=64, metadata={"help": "The height and width of the latents. 64 corresponds to 512 pixels."}
     )
+    terms: list[str] = field(
+        default_factory=lambda: ["denoising", "kept_states"],
+        metadata={"help": "The terms of the loss, each with a weight of 1. The target is for the default."},
+    )
     card_gib: list[float] = field(
         default_factory=lambda: [23.0],
         metadata={
@@ -62,6 +67,11 @@ class Arguments:
     )
     seed: int = field(default=0, metadata={"help": "The random seed for weights and noise."})
     check: bool = field(default=False, metadata={"help": "Whether to exit with an error if the target is missed."})
+
+    def __post_init__(self) -> None:
+        known = [name for name, term in TERMS.items() if term.reads != "teacher"]
+        if unknown := set(self.terms) - set(known):
+            raise SystemExit(f"--terms has {', '.join(sorted(unknown))}: choose among {', '.join(known)}.")
 
 
 def make_parts(args: Arguments) -> Parts:
@@ -83,7 +93,10 @@ def make_parts(args: Arguments) -> Parts:
     vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=VAE_CHANNELS))
     pipeline: Any = SimpleNamespace(unet=unet, vae=vae)
     tokenizer: Any = None
-    return Parts(pipeline, {"text_encoder": Place(long, tokenizer, stock, tokenizer)}, DDPMScheduler())
+    parts = Parts(pipeline, {"text_encoder": Place(long, tokenizer, stock, tokenizer)}, DDPMScheduler())
+    if any(TERMS[name].reads == "restated" for name in args.terms):
+        keep_start(parts)
+    return parts
 
 
 def dtype_of(args: Arguments) -> torch.dtype:
@@ -107,6 +120,7 @@ def make_batch(args: Arguments, size: int, length: int) -> dict[str, Tensor]:
         "timesteps": torch.randint(0, 1000, (size,), generator=generator),
         "time_ids": torch.zeros(size, 6),
         "input_ids": ids(size, length),
+        "restated_ids": ids(size, length),
         "kept_ids": ids(len(kept), STOCK_POSITIONS),
         "kept_rows": kept,
     }
@@ -117,7 +131,7 @@ class Update:
     """An update of the encoder, as the script does it."""
 
     def __init__(self, parts: Parts, args: Arguments):
-        self.args, self.step = args, TuningStep(parts, {"denoising": 1.0, "kept_states": 1.0})
+        self.args, self.step = args, TuningStep(parts, dict.fromkeys(args.terms, 1.0))
         self.trained = list(self.step.trained.values())
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, fused=True)
         self.average = EMAModel(self.trained, decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -272,6 +272,34 @@ def restated_predictions(step: "TuningStep", batch: Batch, kept: Kept | None) ->
     return squared_error(step.predicted(batch), target)
 
 
+def restated_attention(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
+    """What each cross-attention layer of the UNet returns as it predicts for the same image's other caption.
+
+    The layers are asked what they were asked then, so nothing is propagated through the UNet, forward or back: a mean
+    over layers, each relative to the mean square of what the layer returned. SDXL's pooled output counts as a layer.
+    """
+    start = [place.start for place in step.parts.places.values()]
+    assert all(start), "keep_start comes first"
+    seen: list[tuple[Any, Tensor, Tensor]] = []
+
+    def see(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Tensor) -> None:
+        seen.append((layer, args[0], returned))
+
+    layers = [module for name, module in step.parts.unet.named_modules() if name.endswith(".attn2")]
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
+        with torch.no_grad(), step.without_adapters():
+            other = step.read(batch, "restated_ids", start)
+            step.predict(step.noised(batch), other)
+    own = step.captions(batch)
+    states = own.states.to(step.parts.unet.dtype)
+    pairs = [(layer(asked, encoder_hidden_states=states), returned) for layer, asked, returned in seen]
+    if own.pooled is not None and other.pooled is not None:
+        pairs.append((own.pooled, other.pooled))
+    return torch.stack([squared_error(*pair) / pair[1].float().square().mean() for pair in pairs]).mean()
+
+
 def kept_states(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
     """The stock encoders' states of prompts that they read whole, and SDXL's pooled output."""
     assert kept is not None
@@ -295,7 +323,7 @@ class Term:
 
     Attributes:
         function: Of the step, a batch, and prompts that are kept; a scalar.
-        reads: What must be there: `images`, `teacher`, `kept`.
+        reads: What must be there: `images`, those with captions in other words, `restated`, `teacher`, `kept`.
     """
 
     function: Callable[["TuningStep", Batch, Kept | None], Tensor]
@@ -305,7 +333,8 @@ class Term:
 TERMS = {
     "denoising": Term(denoising, "images"),
     "teacher_predictions": Term(teacher_predictions, "teacher"),
-    "restated_predictions": Term(restated_predictions, "images"),
+    "restated_predictions": Term(restated_predictions, "restated"),
+    "restated_attention": Term(restated_attention, "restated"),
     "kept_states": Term(kept_states, "kept"),
     "kept_predictions": Term(kept_predictions, "kept"),
 }
@@ -377,10 +406,17 @@ class TuningStep(nn.Module):
             return_dict=False,
         )[0]  # fmt: skip
 
+    def captions(self, batch: Batch) -> Conditioning:
+        """What the long encoders make of the captions of a batch; the terms share it, in the batch."""
+        if "read" not in batch:
+            batch["read"] = self.read(batch)
+        read: Conditioning = batch["read"]
+        return read
+
     def predicted(self, batch: Batch) -> Tensor:
-        """The UNet's prediction for the captions of a batch; the terms share it, in the batch."""
+        """The UNet's prediction for these captions; the terms share it, too."""
         if "predicted" not in batch:
-            batch["predicted"] = self.predict(self.noised(batch), self.read(batch))
+            batch["predicted"] = self.predict(self.noised(batch), self.captions(batch))
         prediction: Tensor = batch["predicted"]
         return prediction
 
@@ -442,7 +478,7 @@ def trained_of(parts: Parts, retrieval: TrainingStep | None = None) -> Iterator[
 
 
 def keep_start(parts: Parts) -> None:
-    """Keeps a copy of the long encoders as they are, which `restated_predictions` reads with."""
+    """Keeps a copy of the long encoders as they are, which the terms of other words read with."""
     for place in parts.places.values():
         place.start = copy.deepcopy(place.encoder).requires_grad_(False).eval()
 

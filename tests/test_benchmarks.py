@@ -173,6 +173,10 @@ def test_image_tuning_sets_an_update_beside_the_bare_unet(monkeypatch: pytest.Mo
         assert whole > alone > 0 and ratio == pytest.approx(whole / alone, rel=0.05)  # printed to a tenth of a ms
     kept = table_of(memory)
     assert kept["without checkpointing"][0] > kept["with checkpointing"][0] >= 0
+    done = scripts.run(BENCHMARKS / "image_tuning.py", *flags, "--terms", "restated_attention", "kept_states")
+    assert done.returncode == 0 and list(table_of(done.stdout.split("images of 64 pixels")[0])) == ["77", "248"]
+    done = scripts.run(BENCHMARKS / "image_tuning.py", *flags, "--terms", "noise")
+    assert done.stderr.splitlines()[-1].startswith("--terms has noise: choose among denoising, restated_predictions")
 
 
 def test_half_of_the_text_encoders_stays_without_the_stock_ones(

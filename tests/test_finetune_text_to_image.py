@@ -23,6 +23,7 @@ from finelip_diffusion.model import load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.runs import read_preset
 from finelip_diffusion.scenes import describe, render, sample_scene
+from finelip_diffusion.tuning import load_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train" / "finetune_text_to_image.py"
@@ -211,7 +212,7 @@ def test_an_encoder_learns_other_words_for_pictures_that_it_draws(
 ) -> None:
     """From a list of the same images in other words; two updates and a resumed one are three."""
     told = retold(data, tmp_path)
-    terms = ("restated_predictions=1", "kept_states=1")
+    terms = ("restated_predictions=1", "restated_attention=1", "kept_states=1")
     flags = {"restated_data": told["plain"], "num_validation_prompts": 0, "max_train_steps": 3}
     for folder, more in ((tmp_path / "one", {}), (tmp_path / "two", {"resume_from_checkpoint": "latest"})):
         if more:
@@ -267,8 +268,9 @@ def script() -> ModuleType:
         ({"terms": ["kept_states=1"], "train": ["unet_lora"]}, "has nothing that trains unet_lora: give denoising"),
         ({"train": ["unet"]}, "--train is unet: choose among text_encoder, unet_lora"),
         ({"encoders": ["text_encoder", "text_encoder"]}, "each once"),
-        ({"terms": ["restated_predictions=1"]}, "--restated_data and the term restated_predictions need each other"),
-        ({"restated_data": "scenes"}, "--restated_data and the term restated_predictions need each other"),
+        ({"terms": ["restated_predictions=1"]}, "--restated_data and a term restated_predictions or restated_att"),
+        ({"terms": ["restated_attention=1"]}, "--restated_data and a term restated_predictions or restated_att"),
+        ({"restated_data": "scenes"}, "or restated_attention need each other: give both, or none"),
         ({"teacher": "paraphrase"}, "--teacher is paraphrase: give segment, chunk, or a share"),
         ({"teacher": "1"}, "--teacher is 1: give segment"),
         ({"padded_batches": 1.5}, "--padded_batches is 1.5, but a share lies in 0..1"),
@@ -301,6 +303,17 @@ def flux(tmp_path: Path) -> None:
     """A pipeline of another kind."""
     (tmp_path / "flux").mkdir()
     (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+
+
+@pytest.mark.parametrize("term", ["restated_predictions=1", "restated_attention=1"])
+def test_a_pass_for_other_words_takes_memory(script: ModuleType, term: str, tmp_path: Path) -> None:
+    """Alone, as much as one for the noise; beside that, nothing more: the captions are the same."""
+    parts, counted = load_parts(BUNDLED_MODEL), []
+    for terms in (["denoising=1"], [term], ["denoising=1", term]):
+        data = {"restated_data": "scenes"} if term in terms else {}
+        args = script.Arguments(output_dir=tmp_path, terms=terms, resolution=144, **data)
+        counted.append(script.memory_of(parts, [], "text_encoder", args, torch.float32)["activations (about)"])
+    assert counted[0] == counted[1] == counted[2]
 
 
 def test_presets_are_read_and_described(script: ModuleType, data: Path, tmp_path: Path) -> None:

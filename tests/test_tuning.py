@@ -174,15 +174,72 @@ def test_other_words_are_held_to_the_picture_that_the_encoder_made_of_plain_ones
     assert all(weight.grad is None for each in (start, parts.unet) for weight in each.parameters())
 
 
+@pytest.mark.parametrize("base", ["sd", "xl"])
+def test_other_words_are_held_to_what_each_layer_returned(base: str, parts: Parts, parts_xl: Parts) -> None:
+    """Against attention written out for each row and layer; the UNet is asked once, and has no gradients."""
+    parts = parts if base == "sd" else copy.deepcopy(parts_xl)
+    keep_start(parts)
+    places = list(parts.places.values())
+    for place in places:
+        place.encoder.requires_grad_(True)
+    step, batch = TuningStep(parts, {"restated_attention": 2.0}), batch_of(parts)
+    same = {name.replace("input", "restated"): ids for name, ids in batch.items() if name.startswith("input")}
+    assert step(batch | same)["restated_attention"].item() == 0
+    with torch.no_grad():
+        for place in places:
+            text_layers(place.encoder)[0].mlp.fc2.weight.add_(0.1)
+    batch |= {name: ids.flip(0)[:, :80] for name, ids in same.items()}
+    ids = [
+        [batch[f"{name}{ending}"] for ending in ("", "_2")[: len(places)]] for name in ("input_ids", "restated_ids")
+    ]
+    own = encode([place.encoder for place in places], ids[0], base == "xl")
+    plain = encode([place.start for place in places if place.start is not None], ids[1], base == "xl")
+    inputs: list[tuple[Any, Tensor]] = []
+    hooks = [layer.register_forward_pre_hook(lambda layer, args: inputs.append((layer, args[0])))
+             for name, layer in parts.unet.named_modules() if name.endswith("attn2")]  # fmt: skip
+    step.predict(step.noised(batch), plain)
+    for hook in hooks:
+        hook.remove()
+    errors = []
+    for layer, queries in inputs:
+        outputs = []
+        for states in (own.states, plain.states):
+            rows = []
+            for row in range(3):
+                parts_of = layer.to_q(queries[row]), layer.to_k(states[row]), layer.to_v(states[row])
+                heads = zip(*(each.unflatten(-1, (layer.heads, -1)).unbind(-2) for each in parts_of), strict=True)
+                attended = [(q @ k.T / q.shape[-1] ** 0.5).softmax(-1) @ v for q, k, v in heads]
+                rows.append(layer.to_out[0](torch.cat(attended, -1)))
+            outputs.append(torch.stack(rows))
+        errors.append(F.mse_loss(*outputs) / outputs[1].square().mean())
+    if base == "xl":
+        errors.append(F.mse_loss(own.pooled, plain.pooled) / plain.pooled.square().mean())
+    assert len(inputs) == len(hooks) > 1
+    calls = list[int]()
+    parts.unet.conv_in.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = step(batch)["restated_attention"]
+    assert len(calls) == 1
+    torch.testing.assert_close(found, 2 * torch.stack(errors).mean(), rtol=1e-4, atol=1e-7)
+    found.backward()
+    moved = {name for name, weight in step.trained.items() if weight.grad is not None and weight.grad.any()}
+    assert any("layers/0/" in name for name in moved) and all("text_encoder" in name for name in moved)
+    frozen = [parts.unet, *(place.start for place in places if place.start is not None)]
+    assert all(weight.grad is None for each in frozen for weight in each.parameters())
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_terms_of_the_same_captions_share_their_prediction(parts: Parts, precision: torch.dtype) -> None:
+@pytest.mark.parametrize(("other", "asked"), [("restated_predictions", 2), ("restated_attention", 1)])
+def test_terms_of_the_same_captions_share_their_prediction(
+    parts: Parts, other: str, asked: int, precision: torch.dtype
+) -> None:
     """The gradient of two is the sum of theirs, and the UNet is asked once for both, and once for the target."""
     keep_start(parts)
-    encoder, calls = parts.places["text_encoder"].encoder.requires_grad_(True), list[int]()
+    encoder, calls, texts = parts.places["text_encoder"].encoder.requires_grad_(True), list[int](), list[int]()
     batch = batch_of(parts)
     batch["restated_ids"] = batch["input_ids"].flip(0)[:, :80]
     counted = parts.unet.conv_in.register_forward_pre_hook(lambda *_: calls.append(1))
-    gradients, terms = [], ({"denoising": 0.5}, {"restated_predictions": 1.0})
+    read = encoder.register_forward_pre_hook(lambda *_: texts.append(1))
+    gradients, terms = [], ({"denoising": 0.5}, {other: 1.0})
     for own in (*terms, terms[0] | terms[1]):
         encoder.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -192,7 +249,8 @@ def test_terms_of_the_same_captions_share_their_prediction(parts: Parts, precisi
             torch.cat([weight.grad.flatten() for weight in encoder.parameters() if weight.grad is not None])
         )
     counted.remove()
-    assert len(calls) == 1 + 2 + 2 and "predicted" not in batch
+    read.remove()
+    assert len(calls) == 1 + asked + 2 and len(texts) == 3 + 3 and not {"predicted", "read"} & batch.keys()
     assert len(gradients[2]) == sum(weight.numel() for weight in encoder.parameters())
     error = (gradients[0] + gradients[1] - gradients[2]).norm() / gradients[2].norm()
     assert error < (1e-5 if precision == torch.float32 else 0.05)

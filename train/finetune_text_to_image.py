@@ -209,8 +209,8 @@ class Arguments(RunFlags):
         default=None,
         metadata={
             "help": "The data with other captions of the training images, in the same order and in any format "
-            "of --train_data. restated_predictions reads them with the encoder as it was before "
-            "training, which should understand them."
+            "of --train_data. restated_predictions and restated_attention read them with the encoder as it was "
+            "before training, which should understand them."
         },
     )
     timestep_sampling: str = field(
@@ -299,8 +299,11 @@ class Arguments(RunFlags):
             given = getattr(self, name)
             if given is not None and (not given or set(given) - set(known) or len(set(given)) < len(given)):
                 raise ValueError(f"--{name} is {' '.join(given)}: choose among {', '.join(known)}, each once.")
-        if any(self.weights(stage).get("restated_predictions") for stage in self.train) != bool(self.restated_data):
-            raise ValueError("--restated_data and the term restated_predictions need each other: give both, or none.")
+        if any(reads(self.weights(stage), "restated") for stage in self.train) != bool(self.restated_data):
+            raise ValueError(
+                "--restated_data and a term restated_predictions or restated_attention need each other: give both, "
+                "or none."
+            )
         self.teacher_settings  # noqa: B018  # refuses what is unknown before anything is loaded
         for stage in self.train:
             if not self.weights(stage):
@@ -440,10 +443,11 @@ def parameter_groups(
 def memory_of(parts: Parts, groups: list[dict[str, Any]], stage: str, args: Arguments, precision: torch.dtype) -> dict:
     """What a step keeps on a device, in MiB; activations are counted as autograd keeps them, on no device at all.
 
-    A recipe's own activations are not counted.
+    Terms of the same captions share a pass; one of `restated_attention` alone is less, and counts as one. A recipe's
+    own activations are not counted.
     """
     weights = args.weights(stage)
-    passes = sum(weights.get(name, 0) > 0 for name in ("denoising", "teacher_predictions"))
+    passes = reads(weights, "images", "restated") + reads(weights, "teacher")
     rows = args.train_batch_size * passes + -(-args.train_batch_size // args.kept_every) * (
         weights.get("kept_predictions", 0) > 0
     )
@@ -561,6 +565,11 @@ def cached_trajectories(args: Arguments, parts: Parts, accelerator: Accelerator)
     return open_trajectories(folder)
 
 
+def reads(weights: dict[str, float], *needs: str) -> bool:
+    """Whether a term that counts reads one of these."""
+    return any(weight and name in TERMS and TERMS[name].reads in needs for name, weight in weights.items())
+
+
 class Batches:
     """The batch of each turn: of images or of a teacher's trajectories, and what other terms need beside it.
 
@@ -577,15 +586,15 @@ class Batches:
                  accelerator: Accelerator, first: int):  # fmt: skip
         self.args, self.accelerator, self.total = args, accelerator, parts.scheduler.config.num_train_timesteps
         tokenizers = [place.tokenizer for place in parts.places.values()]
-        keeps = args.kept_every if any(weights.get(name) for name in ("kept_states", "kept_predictions")) else 0
+        keeps = args.kept_every if reads(weights, "kept") else 0
         self.cut_kept = not weights.get("kept_predictions")  # attention is causal: states depend on no padding
         kept: Any = None if args.kept_data is None else open_captions(args, args.kept_data)
         self.main = self.taught = self.pairs = None
         self.skipped: list[Any] = []
-        if weights.get("denoising") or weights.get("restated_predictions"):
+        if reads(weights, "images", "restated"):
             dataset = open_captions(args, args.train_data)
             if isinstance(dataset, Prompts):
-                by = "denoising" if weights.get("denoising") else "restated_predictions"
+                by = next(name for name in weights if reads({name: weights[name]}, "images", "restated"))
                 raise ValueError(
                     f"--train_data {args.train_data} has no images, which {by} needs: leave it out of --terms, and "
                     "give teacher_predictions."
@@ -596,7 +605,7 @@ class Batches:
             examples = LatentDataset(dataset, latents, kept, open_restated(args, dataset))
             lengths = dataset.caption_lengths()[latents.indices] if args.length_bucketing else None
             self.main = self._loader(examples, latents.rows[:, 0], collator, first, lengths)
-        if weights.get("teacher_predictions"):
+        if reads(weights, "teacher"):
             trajectories = cached_trajectories(args, parts, accelerator)
             points = TrajectoryDataset(trajectories, kept, args.resolution)
             alone = self.main is None
@@ -608,7 +617,8 @@ class Batches:
                 self.taught = loader
         if self.main is None:
             raise ValueError(
-                "--terms has none of denoising, restated_predictions and teacher_predictions, which make the batches."
+                "--terms has none of denoising, restated_predictions, restated_attention and teacher_predictions, "
+                "which make the batches."
             )
         if retrieval is not None:
             self.pairs = self._pairs(retrieval, first)
@@ -807,7 +817,7 @@ def tune(stage: str, folder: Path, parts: Parts, args: Arguments) -> Tuned | Non
                                    DistributedDataParallelKwargs(find_unused_parameters=True))  # fmt: skip
     set_seed(args.seed)
     weights = args.weights(stage)
-    if weights.get("restated_predictions"):
+    if reads(weights, "restated"):
         keep_start(parts)
     set_trained(stage, parts, args)
     recipe = next((name for name in weights if name not in TERMS), None)
