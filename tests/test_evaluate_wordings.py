@@ -1,7 +1,9 @@
 """The script behind the wording figures of docs/scenes.md, run as a user runs it."""
 
 import json
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import scripts
@@ -9,7 +11,8 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from finelip_diffusion.pipeline import BUNDLED_MODEL
-from finelip_diffusion.scenes import IMAGE_SIZE
+from finelip_diffusion.scenes import IMAGE_SIZE, describe, render, repainted, sample_scene
+from finelip_diffusion.tokenizer import clip_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train" / "evaluate_wordings.py"
@@ -44,6 +47,25 @@ def test_another_unet_is_the_one_that_draws(tmp_path: Path) -> None:
     assert sets["people"]["people's words"]["found"]["value"] == 0
     done = scripts.run(SCRIPT, "--output_dir", tmp_path / "out", "--unet", tmp_path / "none")
     assert f"--unet {tmp_path / 'none'} has no config.json in it" in done.stderr.splitlines()[-1]
+
+
+def test_pictures_in_another_style_are_read_back_into_what_was_told(tmp_path: Path) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    scenes = [sample_scene(seed, "test") for seed in range(4)]
+    captions = [describe(scene, seed) for seed, scene in enumerate(scenes)]
+
+    class Painter:
+        tokenizer = clip_tokenizer(248)
+
+        def __call__(self, prompts: list[str], **_: object) -> SimpleNamespace:
+            return SimpleNamespace(images=[render(repainted(scene)) for scene in scenes])
+
+    shares = []
+    for painted in (False, True):
+        args = script["Arguments"](output_dir=tmp_path, repainted=painted)
+        facts = [fact for row in script["drawn"](Painter(), captions, args, "sentences") for fact in row["facts"]]
+        shares.append(sum(fact["found"] for fact in facts) / len(facts))
+    assert shares == [0, 1]
 
 
 def test_what_find_facts_reads_needs_no_model(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from finelip_diffusion.scenes import (
     describe,
     read,
     render,
+    repainted,
     sample_scene,
     vary,
 )
@@ -165,6 +166,17 @@ def test_the_reader_is_right_on_rendered_scenes_and_stands_noise_and_blur() -> N
         soft = np.asarray(image.filter(ImageFilter.GaussianBlur(0.7)), dtype=np.float32) / 255
         noisy += read(np.clip(soft + rng.normal(0, 0.05, soft.shape), 0, 1)) == scene
     assert noisy >= 0.99 * len(scenes)
+
+
+def test_another_style_exchanges_every_color_and_back() -> None:
+    for seed in range(20):
+        scene = sample_scene(seed, num_objects=(1, 9))
+        painted = repainted(scene)
+        assert painted.background != scene.background
+        for told, shown in zip(scene.objects, painted.objects, strict=True):
+            assert (told.cell, told.shape, told.size) == (shown.cell, shown.shape, shown.size)
+            assert told.colour != shown.colour
+        assert repainted(read(render(painted)), back=True) == scene
 
 
 def test_the_reader_sees_nothing_in_noise_and_refuses_other_sizes() -> None:

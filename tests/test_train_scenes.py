@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTextModel
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline
-from finelip_diffusion.scenes import IMAGE_SIZE, describe, render, sample_scene, telling
+from finelip_diffusion.scenes import IMAGE_SIZE, describe, render, repainted, sample_scene, telling
 from finelip_diffusion.tokenizer import clip_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "train_scenes.py"
@@ -120,6 +120,25 @@ def test_a_resumed_run_equals_a_straight_one(trained: Path, tmp_path: Path) -> N
     )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_another_style_moves_the_unet_alone(trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "restyled")
+    done = scripts.run(SCRIPT, "--output_dir", folder, "--stage", "restyle", "--num_captions", 64, "--num_latents", 64,
+                       "--unet_batch_size", 2, "--restyle_steps", 2)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    name = "diffusion_pytorch_model.safetensors"
+    moved, own = load_file(folder / "restyled" / name), load_file(folder / "model" / "unet" / name)
+    assert moved.keys() == own.keys()
+    assert any(not torch.equal(moved[key], own[key]) for key in own)
+    assert (folder / "model" / "unet" / name).read_bytes() == (trained / "model" / "unet" / name).read_bytes()
+
+
+def test_scenes_in_another_style_are_the_same_scenes_repainted() -> None:
+    script = runpy.run_path(str(SCRIPT))
+    scenes = [sample_scene(seed, num_objects=(1, 9)) for seed in range(40)]
+    numbers = script["restyled"](script["cell_numbers"](scenes))
+    assert torch.equal(numbers, script["cell_numbers"](repainted(scene) for scene in scenes))
 
 
 def test_a_wrong_stage_is_one_sentence(tmp_path: Path) -> None:

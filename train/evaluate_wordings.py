@@ -41,6 +41,7 @@ from finelip_diffusion.scenes import (
     find_facts,
     findings,
     read,
+    repainted,
     sample_for,
     sample_scene,
     telling,
@@ -66,6 +67,10 @@ class Arguments:
     )
     unet: Path | None = field(
         default=None, metadata={"help": "The folder of a UNet to use instead of the model's own."}
+    )
+    repainted: bool = field(
+        default=False,
+        metadata={"help": "Whether that UNet is of the stage restyle of train_scenes.py, whose colors are exchanged."},
     )
     long_prompt: LongPrompt = field(default="stretch", metadata={"help": "The strategy for reading long prompts."})
     sets: list[str] = field(
@@ -143,7 +148,7 @@ def drawn(pipe: FineLIPStableDiffusionPipeline, captions: list[Caption], args: A
     """Draws captions, and says of each prompt which of its facts are found."""
     rows = []
     for caption, image in zip(captions, pictures(pipe, captions, args, name), strict=True):
-        shown_scene = read(image)
+        shown_scene = repainted(read(image), back=True) if args.repainted else read(image)
         found: list[dict[str, Any]]
         if name == "one object, no place":
             wanted = caption.facts[0].object
@@ -184,7 +189,7 @@ def sheet(pipe: FineLIPStableDiffusionPipeline, args: Arguments) -> Image.Image:
     for number, image in enumerate(pictures(pipe, captions, args, "sample")):
         x, y = number % 5 * width, number // 5 * height
         page.paste(image, (x, y))
-        scene = read(image)
+        scene = repainted(read(image), back=True) if args.repainted else read(image)
         pen.text((x + IMAGE_SIZE + 4, y), f"{args.first_seed + number} {scene.background}", fill="black")
         for item in scene.objects:
             place = (x + IMAGE_SIZE + 4 + item.cell % 3 * 50, y + 18 + item.cell // 3 * 42)

@@ -18,6 +18,11 @@ The stages follow the making of Stable Diffusion, then of FineLIP, then tune the
    encoder makes of plain sentences, and a little to the images themselves.
 9. `bundle`: a copy of the folder in half precision, `OUTPUT_DIR/bundled`.
 
+And one that `all` leaves out:
+
+10. `restyle`: the UNet goes on in another style, with every color exchanged for another one, `OUTPUT_DIR/restyled`: as
+    a user's own checkpoint, to see whether an encoder that was tuned through the first UNet serves it, too.
+
 A batch is a function of the seed and the step alone, so a stage that is stopped and started again sees what it would
 have seen. Each stage leaves a log for tensorboard, a picture, and its part of the pipeline folder `OUTPUT_DIR/model`.
 """
@@ -62,6 +67,7 @@ from finelip_diffusion.scenes import (
     BACKGROUNDS,
     COLOURS,
     IMAGE_SIZE,
+    PALETTE,
     SHAPES,
     SIZES,
     Scene,
@@ -85,7 +91,7 @@ SHARE_OF_FEW = 0.3
 PRESETS = Path(__file__).parent / "worlds"
 
 Stage = Literal[
-    "all", "captions", "autoencoder", "decoder", "clip", "unet", "long_clip", "tune", "reword", "bundle"
+    "all", "captions", "autoencoder", "decoder", "clip", "unet", "long_clip", "tune", "reword", "bundle", "restyle"
 ]  # fmt: skip
 NEEDS = {  # what earlier stages must have left in the output folder
     "decoder": ("model/vae",),
@@ -95,6 +101,7 @@ NEEDS = {  # what earlier stages must have left in the output folder
     "tune": ("model/vae", "model/unet", "long_clip/text_encoder"),
     "reword": ("model/vae", "model/unet", "tune/text_encoder"),
     "bundle": ("clip_model", "model/unet", "reword/text_encoder"),
+    "restyle": ("captions", "model/vae", "model/text_encoder", "model/unet"),
 }
 
 
@@ -158,6 +165,9 @@ class Arguments:
         default=32, metadata={"help": "The number of scenes per batch in the stage reword."}
     )
     reword_scenes: int = field(default=12_000, metadata={"help": "The number of scenes in the stage reword."})
+    restyle_steps: int = field(
+        default=600, metadata={"help": "The number of additional training steps of the UNet in the stage restyle."}
+    )
     checkpointing_steps: int = field(default=500, metadata={"help": "The number of steps between checkpoints."})
     mixed_precision: str = field(default="bf16", metadata={"help": "The precision of autocast: no or bf16."})
     num_workers: int | None = field(
@@ -323,6 +333,15 @@ def read_captions(args: Arguments, device: torch.device) -> tuple[Tensor, Tensor
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def restyled(scenes: Tensor) -> Tensor:
+    """The cell numbers of the same scenes in the colors of `PALETTE`."""
+    kinds, _ = cell_pictures(next(iter(BACKGROUNDS)))
+    painted = [0] + [kinds.index((shape, PALETTE[colour], size)) for shape, colour, size in filter(None, kinds)]
+    grounds = [list(BACKGROUNDS).index(PALETTE[name]) for name in BACKGROUNDS]
+    tables = [torch.tensor(numbers, dtype=scenes.dtype, device=scenes.device) for numbers in (painted, grounds)]
+    return torch.cat([tables[0][scenes[:, :9].long()], tables[1][scenes[:, 9:].long()]], 1)
 
 
 class Painter:
@@ -555,9 +574,9 @@ def scheduler() -> DDIMScheduler:
 
 
 @torch.no_grad()
-def scaled_latents(args: Arguments, vae: AutoencoderKL, scenes: Tensor) -> Tensor:
-    """Latents of the first scenes, (N, C, h, w), written once."""
-    file = args.output_dir / f"latents-{args.num_latents}.safetensors"
+def scaled_latents(args: Arguments, vae: AutoencoderKL, scenes: Tensor, stage: str) -> Tensor:
+    """Latents of the first scenes, (N, C, h, w), written once for a stage."""
+    file = args.output_dir / f"latents-{stage}-{args.num_latents}.safetensors"
     scenes = scenes[: args.num_latents]
     if not file.exists():
         paint, parts = Painter(scenes.device), []
@@ -569,21 +588,29 @@ def scaled_latents(args: Arguments, vae: AutoencoderKL, scenes: Tensor) -> Tenso
     return load_file(file)["latents"].to(scenes.device)
 
 
-def train_denoiser(args: Arguments, stage: str, unet: UNet2DConditionModel, steps: int) -> StableDiffusionPipeline:
+def train_denoiser(
+    args: Arguments,
+    stage: str,
+    unet: UNet2DConditionModel,
+    steps: int,
+    learning_rate: float = 1e-3,
+    ema_decay: float = 0.9995,
+    style: Callable[[Tensor], Tensor] = lambda scenes: scenes,
+) -> StableDiffusionPipeline:
     """Captions are cut at 77 tokens and padded to as many, in training as in sampling; a tenth is empty.
 
-    Noise levels lean to the high end, where the layout is decided.
+    Noise levels lean to the high end, where the layout is decided. Pictures are of what `style` makes of the scenes.
     """
     model, device = args.output_dir / "model", accelerator_of(args).device
-    vae = AutoencoderKL.from_pretrained(model / "vae").to(device).eval()
-    encoder = CLIPTextModel.from_pretrained(model / "text_encoder").to(device).eval().requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(model / "vae").to(device).float().eval()
+    encoder = CLIPTextModel.from_pretrained(model / "text_encoder").to(device).float().eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     noise_scheduler = scheduler()
     if device.type == "cpu":  # the faster ones there in bfloat16
         unet.set_attn_processor(AttnProcessor())
         encoder.set_attn_implementation("eager")
     scenes, input_ids = read_captions(args, device)
-    latents = scaled_latents(args, vae, scenes)
+    latents = scaled_latents(args, vae, style(scenes), stage)
     input_ids = cut(input_ids[: len(latents)], tokenizer.eos_token_id)
     empty_ids = torch.tensor(tokenizer("", padding="max_length").input_ids, device=device)
 
@@ -599,14 +626,14 @@ def train_denoiser(args: Arguments, stage: str, unet: UNet2DConditionModel, step
         velocity = unet(noise_scheduler.add_noise(clean, noise, timesteps), timesteps, states).sample
         return {"velocity": F.mse_loss(velocity.float(), denoising_target(noise_scheduler, clean, noise, timesteps))}
 
-    fit(stage, unet, loss_at, steps, 1e-3, args, ema_decay=0.9995)
+    fit(stage, unet, loss_at, steps, learning_rate, args, ema_decay)
     pipe = StableDiffusionPipeline(vae, encoder, tokenizer, unet, noise_scheduler, None, None, None, False)
-    draw_examples(pipe, args.output_dir / f"{stage}.png", min(8, args.unet_batch_size))
+    draw_examples(pipe, args.output_dir / f"{stage}.png", min(8, args.unet_batch_size), style)
     return pipe
 
 
-def draw_examples(pipe: StableDiffusionPipeline, file: Path, number: int) -> None:
-    """Writes held-out scenes above what the pipeline makes of their captions."""
+def draw_examples(pipe: StableDiffusionPipeline, file: Path, number: int, style: Callable[[Tensor], Tensor]) -> None:
+    """Writes held-out scenes, in their style, above what the pipeline makes of their captions."""
     pipe.set_progress_bar_config(disable=True)
     diffusers_logging.set_verbosity_error()  # captions are cut at 77 tokens here, it need not say so
     scenes = [sample_scene(seed, "test") for seed in range(number)]
@@ -617,7 +644,7 @@ def draw_examples(pipe: StableDiffusionPipeline, file: Path, number: int) -> Non
         generator=[torch.Generator().manual_seed(seed) for seed in range(number)],
         output_type="pt",
     ).images
-    save_picture(torch.cat([Painter(images.device)(cell_numbers(scenes)), images * 2 - 1]), number, file)
+    save_picture(torch.cat([Painter(images.device)(style(cell_numbers(scenes))), images * 2 - 1]), number, file)
 
 
 def train_unet(args: Arguments) -> None:
@@ -719,6 +746,13 @@ def run(script: str, **flags: object) -> None:
         raise SystemExit(status)
 
 
+def train_restyle(args: Arguments) -> None:
+    """Stage 10. Of the pipeline, only the UNet moves; it reads what it always read."""
+    unet = UNet2DConditionModel.from_pretrained(args.output_dir / "model" / "unet").float()
+    train_denoiser(args, "restyle", unet, args.restyle_steps, 3e-4, 0.99, restyled)
+    unet.to("cpu").save_pretrained(args.output_dir / "restyled")
+
+
 # -------------------------------------------------------------------------------------------------------------- bundle
 
 
@@ -810,8 +844,9 @@ def main(args: Arguments) -> None:
         "tune": train_tune,
         "reword": train_reword,
         "bundle": write_bundle,
+        "restyle": train_restyle,
     }
-    for stage in stages if args.stage == "all" else (args.stage,):
+    for stage in [name for name in stages if name != "restyle"] if args.stage == "all" else [args.stage]:
         missing = [name for name in NEEDS.get(stage, ()) if not (args.output_dir / name).exists()]
         if missing:
             raise ValueError(f"--stage {stage} needs {args.output_dir / missing[0]}: run the stages before it first.")

@@ -152,6 +152,22 @@ def alterations(scene: Scene, objects: Sequence[Object]) -> list[Scene]:
     return [other for other in dict.fromkeys(scenes) if other != scene]
 
 
+def _turned(names: Sequence[str], by: int) -> dict[str, str]:
+    return {name: names[(place + by) % len(names)] for place, name in enumerate(names)}
+
+
+PALETTE = {**_turned(tuple(COLOURS), 3), **_turned(tuple(BACKGROUNDS), 1)}
+"""Another style of this world: in which color it paints what is told to have a color. No color stays as it is."""
+_PALETTE_BACK = {painted: told for told, painted in PALETTE.items()}
+
+
+def repainted(scene: Scene, back: bool = False) -> Scene:
+    """A scene in the colors of `PALETTE`, or `back` from them."""
+    palette = _PALETTE_BACK if back else PALETTE
+    objects = tuple(replace(item, colour=palette[item.colour]) for item in scene.objects)
+    return Scene(palette[scene.background], objects)
+
+
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
