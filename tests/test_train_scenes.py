@@ -134,6 +134,13 @@ def test_another_style_moves_the_unet_alone(trained: Path, tmp_path: Path) -> No
     assert (folder / "model" / "unet" / name).read_bytes() == (trained / "model" / "unet" / name).read_bytes()
 
 
+def test_another_style_of_no_model_is_one_sentence(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "captions", tmp_path / "captions")
+    done = train(tmp_path, 1, "--stage", "restyle", "--restyle_model", str(tmp_path / "none"))
+    assert done.returncode != 0
+    assert f"{tmp_path / 'none' / 'unet'}, which is not there: give --restyle_model" in done.stderr.splitlines()[-1]
+
+
 def test_scenes_in_another_style_are_the_same_scenes_repainted() -> None:
     script = runpy.run_path(str(SCRIPT))
     scenes = [sample_scene(seed, num_objects=(1, 9)) for seed in range(40)]

@@ -101,7 +101,7 @@ NEEDS = {  # what earlier stages must have left in the output folder
     "tune": ("model/vae", "model/unet", "long_clip/text_encoder"),
     "reword": ("model/vae", "model/unet", "tune/text_encoder"),
     "bundle": ("clip_model", "model/unet", "reword/text_encoder"),
-    "restyle": ("captions", "model/vae", "model/text_encoder", "model/unet"),
+    "restyle": ("captions",),
 }
 
 
@@ -165,6 +165,10 @@ class Arguments:
         default=32, metadata={"help": "The number of scenes per batch in the stage reword."}
     )
     reword_scenes: int = field(default=12_000, metadata={"help": "The number of scenes in the stage reword."})
+    restyle_model: Path | None = field(
+        default=None,
+        metadata={"help": "The model whose UNet the stage restyle continues with. The default is OUTPUT_DIR/model."},
+    )
     restyle_steps: int = field(
         default=600, metadata={"help": "The number of additional training steps of the UNet in the stage restyle."}
     )
@@ -591,6 +595,7 @@ def scaled_latents(args: Arguments, vae: AutoencoderKL, scenes: Tensor, stage: s
 def train_denoiser(
     args: Arguments,
     stage: str,
+    model: Path,
     unet: UNet2DConditionModel,
     steps: int,
     learning_rate: float = 1e-3,
@@ -601,7 +606,7 @@ def train_denoiser(
 
     Noise levels lean to the high end, where the layout is decided. Pictures are of what `style` makes of the scenes.
     """
-    model, device = args.output_dir / "model", accelerator_of(args).device
+    device = accelerator_of(args).device
     vae = AutoencoderKL.from_pretrained(model / "vae").to(device).float().eval()
     encoder = CLIPTextModel.from_pretrained(model / "text_encoder").to(device).float().eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
@@ -663,7 +668,7 @@ def train_unet(args: Arguments) -> None:
         attention_head_dim=3,  # the number of heads, by diffusers' naming
         norm_num_groups=16,
     )
-    pipe = train_denoiser(args, "unet", unet, args.unet_steps)
+    pipe = train_denoiser(args, "unet", model, unet, args.unet_steps)
     unet.to("cpu").save_pretrained(model / "unet")
     pipe.scheduler.save_pretrained(model / "scheduler")
     pipe.save_config(model)
@@ -748,8 +753,11 @@ def run(script: str, **flags: object) -> None:
 
 def train_restyle(args: Arguments) -> None:
     """Stage 10. Of the pipeline, only the UNet moves; it reads what it always read."""
-    unet = UNet2DConditionModel.from_pretrained(args.output_dir / "model" / "unet").float()
-    train_denoiser(args, "restyle", unet, args.restyle_steps, 3e-4, 0.99, restyled)
+    model = args.restyle_model or args.output_dir / "model"
+    if not (model / "unet").is_dir():
+        raise ValueError(f"--stage restyle continues with {model / 'unet'}, which is not there: give --restyle_model.")
+    unet = UNet2DConditionModel.from_pretrained(model / "unet").float()
+    train_denoiser(args, "restyle", model, unet, args.restyle_steps, 3e-4, 0.99, restyled)
     unet.to("cpu").save_pretrained(args.output_dir / "restyled")
 
 
