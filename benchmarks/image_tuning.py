@@ -2,9 +2,10 @@
 
 Random weights cost what trained ones do. An update is that of `finetune_text_to_image.py`, by default with its default
 terms: captions through the long encoder and the frozen UNet, every fourth with a short prompt whose states are kept,
-backward pass, clipping, AdamW and the average of the weights. The bare UNet is its forward and backward pass on as many states,
-which somebody else made. Both take turns, so that other load on the machine meets them alike. Memory is the peak that
-torch's allocator held. A card's batch is the largest whose update runs while the process may have no more than that.
+backward pass, clipping, AdamW and the average of the weights. The bare UNet is its forward and backward pass on as
+many states, which somebody else made. Both take turns, so that other load on the machine meets them alike. Memory is
+the peak that torch's allocator held. A card's batch is the largest whose update runs while the process may have no
+more than that.
 
     python benchmarks/image_tuning.py --device cuda          # under 90 seconds of an H100
     python benchmarks/image_tuning.py --batch_size 1 --mixed_precision no --terms restated_attention kept_states
