@@ -62,10 +62,12 @@ def test_pictures_in_another_style_are_read_back_into_what_was_told(tmp_path: Pa
 
     shares = []
     for painted in (False, True):
-        args = script["Arguments"](output_dir=tmp_path, repainted=painted)
+        args = script["Arguments"](output_dir=tmp_path, repainted=painted, unet=BUNDLED_MODEL / "unet")
         facts = [fact for row in script["drawn"](Painter(), captions, args, "sentences") for fact in row["facts"]]
         shares.append(sum(fact["found"] for fact in facts) / len(facts))
     assert shares == [0, 1]
+    with pytest.raises(ValueError, match="--repainted is for a UNet of the stage restyle .*: give it as --unet"):
+        script["Arguments"](output_dir=tmp_path, repainted=True)
 
 
 def test_what_find_facts_reads_needs_no_model(tmp_path: Path) -> None:

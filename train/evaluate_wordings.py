@@ -93,6 +93,8 @@ class Arguments:
                 raise ValueError(f"--{name} is {getattr(self, name)}, but must be at least {least}.")
         if self.unet is not None and not (self.unet / "config.json").is_file():
             raise ValueError(f"--unet {self.unet} has no config.json in it: give the folder of a UNet.")
+        if self.repainted and self.unet is None:
+            raise ValueError("--repainted is for a UNet of the stage restyle of train_scenes.py: give it as --unet.")
         if unknown := set(self.sets) - set(SETS):
             raise ValueError(f"--sets has {', '.join(sorted(unknown))}: choose among {', '.join(SETS)}.")
 
