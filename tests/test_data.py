@@ -305,6 +305,9 @@ def test_scenes_come_in_groups_of_near_duplicates():
     assert 0 < sum(few) < 12
     assert [example.image_id for example in examples] == [repr(scene) for scene in shown]
     assert (dataset.caption_lengths() == [len(scene.objects) for scene in shown]).all()
+    told = ScenesDataset(num_scenes=160, wording="all")
+    drawn = [len(told.caption(9, draw)) for draw in range(20)]
+    assert told.drawn_lengths(np.repeat(9, 20), range(20)).tolist() == drawn and len(set(drawn)) > 10
 
 
 def test_the_draw_words_the_caption_of_a_scene_anew():
@@ -326,6 +329,7 @@ def test_records_are_kept_as_they_are():
     dataset = RecordDataset(records)
     assert [dataset.record(index) for index in range(2)] == records
     assert dataset.caption_lengths().tolist() == [13, 3]
+    assert dataset.drawn_lengths(np.array([1, 0, 1]), [5, 6, 7]).tolist() == [3, 13, 3]
     assert len(RecordDataset([])) == 0
     with pytest.raises(IndexError):
         dataset[2]

@@ -16,7 +16,7 @@ from tiny_models import pixels
 from torch import Tensor
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline
-from finelip_diffusion.data.datasets import open_dataset
+from finelip_diffusion.data.datasets import open_dataset, stable_hash
 from finelip_diffusion.data.latents import (
     BucketSampler,
     LatentCollator,
@@ -369,16 +369,21 @@ def test_buckets_have_one_area_and_the_nearest_ratio_wins() -> None:
 
 
 def test_captions_of_like_length_meet_and_an_epoch_has_the_same_examples() -> None:
-    buckets, lengths = np.repeat([0, 1], 60), np.random.default_rng(0).integers(1, 200, 120)
-    plain, alike = (BucketSampler(buckets, 6, 3, 0, 1, 0, each) for each in (None, lengths))
+    buckets = np.repeat([0, 1], 60)
+
+    def drawn(numbers: np.ndarray, draws: list[int]) -> np.ndarray:
+        return np.array([stable_hash(*place) % 200 for place in zip(numbers.tolist(), draws, strict=True)])
+
+    plain, alike = (BucketSampler(buckets, 6, 3, 0, 1, 0, each) for each in (None, drawn))
     spread = []
     for sampler in (plain, alike):
-        batches = [[number for number, _ in sampler.batch(step)] for step in range(20)]
-        assert sorted(number for batch in batches for number in batch) == list(range(120))
-        assert all(len({buckets[number] for number in batch}) == 1 for batch in batches)
-        spread.append(np.mean([np.ptp(lengths[batch]) for batch in batches]))
+        batches = [sampler.batch(step) for step in range(40)]  # of two epochs, each with draws of its own
+        for epoch in (batches[:20], batches[20:]):
+            assert sorted(number for batch in epoch for number, _ in batch) == list(range(120))
+        assert all(len({buckets[number] for number, _ in batch}) == 1 for batch in batches)
+        spread.append(np.mean([np.ptp([stable_hash(*place) % 200 for place in batch]) for batch in batches]))
     assert spread[1] < 0.3 * spread[0]
-    assert [alike.batch(step) for step in range(5)] == [BucketSampler(buckets, 6, 3, 0, 1, 0, lengths).batch(step)
+    assert [alike.batch(step) for step in range(5)] == [BucketSampler(buckets, 6, 3, 0, 1, 0, drawn).batch(step)
                                                         for step in range(5)]  # fmt: skip
 
 

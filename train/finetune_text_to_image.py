@@ -603,8 +603,8 @@ class Batches:
             self.size, self.skipped = len(latents), latents.skipped
             collator = LatentCollator(tokenizers, args.empty_captions, keeps, STOCK_LENGTH)
             examples = LatentDataset(dataset, latents, kept, open_restated(args, dataset))
-            lengths = dataset.caption_lengths()[latents.indices] if args.length_bucketing else None
-            self.main = self._loader(examples, latents.rows[:, 0], collator, first, lengths)
+            self.main = self._loader(examples, latents.rows[:, 0], collator, first,
+                                     examples.lengths if args.length_bucketing else None)  # fmt: skip
         if reads(weights, "teacher"):
             trajectories = cached_trajectories(args, parts, accelerator)
             points = TrajectoryDataset(trajectories, kept, args.resolution)

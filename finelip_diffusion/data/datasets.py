@@ -118,6 +118,10 @@ class CaptionDataset(Dataset[Example]):
     def caption_lengths(self) -> np.ndarray:
         """A length for each caption, (N,), in any unit that orders captions by their tokens."""
 
+    def drawn_lengths(self, indices: np.ndarray, draws: Sequence[int]) -> np.ndarray:
+        """Such lengths of the captions that these draws choose, (len(indices),)."""
+        return self.caption_lengths()[indices]
+
     def __getitem__(self, index: int | tuple[int, int]) -> Example:
         index, draw = index if isinstance(index, tuple) else (index, 0)
         if not 0 <= index < len(self):
@@ -337,6 +341,10 @@ class ScenesDataset(CaptionDataset):
         groups = range(-(-len(self) // self.group_size))
         counts = [len(self._base(group)[1].objects) for group in groups]
         return np.repeat(counts, self.group_size)[: len(self)]
+
+    def drawn_lengths(self, indices: np.ndarray, draws: Sequence[int]) -> np.ndarray:
+        """Characters: wordings differ more than numbers of objects do."""
+        return np.array([len(self.caption(*place)) for place in zip(indices.tolist(), draws, strict=True)])
 
 
 class DrawnCaptions(CaptionDataset):

@@ -226,6 +226,10 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.latents)
 
+    def lengths(self, numbers: np.ndarray, draws: list[int]) -> np.ndarray:
+        """How long the captions of some examples are at their draws, see `CaptionDataset.drawn_lengths`."""
+        return self.dataset.drawn_lengths(self.latents.indices[numbers], draws)
+
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         number, draw = place
         index = int(self.latents.indices[number])
@@ -322,7 +326,8 @@ class BucketSampler:
         seed: At least 0.
         rank, world_size: Which process of how many.
         first_step: Where to begin.
-        lengths: (N,) Sorts the examples of a bucket by length within windows of `BUCKET_WINDOW` joint batches.
+        lengths: Of examples (n,) at their draws, (n,). Sorts the examples of a bucket by it within windows of
+            `BUCKET_WINDOW` joint batches.
 
     Raises:
         ValueError: If no bucket fills a joint batch.
@@ -336,7 +341,7 @@ class BucketSampler:
         rank: int,
         world_size: int,
         first_step: int,
-        lengths: np.ndarray | None = None,
+        lengths: Callable[[np.ndarray, list[int]], np.ndarray] | None = None,
     ):
         joint = batch_size * world_size
         self.buckets = [members for bucket in np.unique(buckets)
@@ -358,18 +363,23 @@ class BucketSampler:
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
             drawn = [rng.permutation(members)[: len(members) // self.joint * self.joint] for members in self.buckets]
-            rows = [self._sorted(members).reshape(-1, self.joint) for members in drawn]
+            rows = [self._sorted(members, epoch).reshape(-1, self.joint) for members in drawn]
             self._epoch, self._order = epoch, rng.permutation(np.concatenate(rows))
         start = self.rank * self.batch_size
         numbers = self._order[place, start : start + self.batch_size].tolist()
-        return [(number, stable_hash(self.seed, epoch, number)) for number in numbers]
+        return list(zip(numbers, self._draws(epoch, numbers), strict=True))
 
-    def _sorted(self, members: np.ndarray) -> np.ndarray:
+    def _draws(self, epoch: int, numbers: list[int]) -> list[int]:
+        return [stable_hash(self.seed, epoch, number) for number in numbers]
+
+    def _sorted(self, members: np.ndarray, epoch: int) -> np.ndarray:
         if self.lengths is None:
             return members
+        lengths = self.lengths(members, self._draws(epoch, members.tolist()))
         window = BUCKET_WINDOW * self.joint
-        parts = np.split(members, range(window, len(members), window))
-        return np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
+        starts = range(window, len(members), window)
+        parts = zip(np.split(members, starts), np.split(lengths, starts), strict=True)
+        return np.concatenate([part[np.argsort(own, kind="stable")] for part, own in parts])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = self.first_step
