@@ -276,7 +276,8 @@ def restated_attention(step: "TuningStep", batch: Batch, kept: Kept | None) -> T
     """What each cross-attention layer of the UNet returns as it predicts for the same image's other caption.
 
     The layers are asked what they were asked then, so nothing is propagated through the UNet, forward or back: a mean
-    over layers, each relative to the mean square of what the layer returned. SDXL's pooled output counts as a layer.
+    over layers and examples, each relative to the mean square of what the layer returned for the example. SDXL's pooled
+    output counts as a layer.
     """
     start = [place.start for place in step.parts.places.values()]
     assert all(start), "keep_start comes first"
@@ -297,7 +298,13 @@ def restated_attention(step: "TuningStep", batch: Batch, kept: Kept | None) -> T
     pairs = [(layer(asked, encoder_hidden_states=states), returned) for layer, asked, returned in seen]
     if own.pooled is not None and other.pooled is not None:
         pairs.append((own.pooled, other.pooled))
-    return torch.stack([squared_error(*pair) / pair[1].float().square().mean() for pair in pairs]).mean()
+    return torch.stack([_relative_error(*pair) for pair in pairs]).mean()
+
+
+def _relative_error(value: Tensor, target: Tensor) -> Tensor:
+    """A mean over examples, so that a batch in parts, of processes or of accumulation, has the same."""
+    value, target = value.float().flatten(1), target.float().flatten(1)
+    return ((value - target).square().mean(1) / target.square().mean(1)).mean()
 
 
 def kept_states(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:

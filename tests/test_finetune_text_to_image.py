@@ -148,8 +148,8 @@ def test_two_processes_train_as_one(stable_diffusion_folder: Path, data: Path, t
     is nothing but rounding."""
     told = retold(data, tmp_path)
     smooth = {"adam_epsilon": 1, "learning_rate": 1.0, "num_validation_prompts": 0, "max_train_steps": 2,
-              "terms": ("denoising=1", "restated_predictions=1"), "padded_batches": 1, "train_data": told["long"],
-              "restated_data": told["plain"]}  # fmt: skip
+              "terms": ("denoising=1", "restated_predictions=1", "restated_attention=1"), "padded_batches": 1,
+              "train_data": told["long"], "restated_data": told["plain"]}  # fmt: skip
     tune(stable_diffusion_folder, data, tmp_path / "one", train_batch_size=4, **smooth)
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "WORLD_SIZE": "2"}
     processes = [

@@ -211,9 +211,10 @@ def test_other_words_are_held_to_what_each_layer_returned(base: str, parts: Part
                 attended = [(q @ k.T / q.shape[-1] ** 0.5).softmax(-1) @ v for q, k, v in heads]
                 rows.append(layer.to_out[0](torch.cat(attended, -1)))
             outputs.append(torch.stack(rows))
-        errors.append(F.mse_loss(*outputs) / outputs[1].square().mean())
+        errors += [F.mse_loss(*pair) / pair[1].square().mean() for pair in zip(*outputs, strict=True)]
     if base == "xl":
-        errors.append(F.mse_loss(own.pooled, plain.pooled) / plain.pooled.square().mean())
+        pooled = zip(own.pooled, plain.pooled, strict=True)
+        errors += [F.mse_loss(*pair) / pair[1].square().mean() for pair in pooled]
     assert len(inputs) == len(hooks) > 1
     calls = list[int]()
     parts.unet.conv_in.register_forward_pre_hook(lambda *_: calls.append(1))
