@@ -276,8 +276,8 @@ def restated_attention(step: "TuningStep", batch: Batch, kept: Kept | None) -> T
     """What each cross-attention layer of the UNet returns as it predicts for the same image's other caption.
 
     The layers are asked what they were asked then, so nothing is propagated through the UNet, forward or back: a mean
-    over layers and examples, each relative to the mean square of what the layer returned for the example. SDXL's pooled
-    output counts as a layer.
+    over layers and examples, each relative to the mean square of what the layer returned for it. SDXL's pooled output
+    counts as a layer.
     """
     start = [place.start for place in step.parts.places.values()]
     assert all(start), "keep_start comes first"
