@@ -66,6 +66,9 @@ def set_number(page: Page, name: str, value: str) -> None:
     box = page.locator(f"#{name} input[type=number]")
     if not box.is_visible():
         page.locator("#settings button").first.click()
+        expect(box).to_be_visible()
+        # Gradio sets the values of what an accordion shows for the first time once more, a frame later.
+        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     box.fill(value)
     box.press("Tab")
 
