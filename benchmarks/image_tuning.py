@@ -70,7 +70,7 @@ class Arguments:
     check: bool = field(default=False, metadata={"help": "Whether to exit with an error if the target is missed."})
 
     def __post_init__(self) -> None:
-        known = [name for name, term in TERMS.items() if term.reads != "teacher"]
+        known = [name for name, term in TERMS.items() if term.reads not in ("teacher", "facts")]
         if unknown := set(self.terms) - set(known):
             raise SystemExit(f"--terms has {', '.join(sorted(unknown))}: choose among {', '.join(known)}.")
 

@@ -18,6 +18,7 @@ from .lengthening import check_lengths, check_widths, long_encoder, second_sourc
 from .model import FineLIPModel
 from .objective import Objective, TrainingStep
 from .pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
+from .probing import FactProbe
 from .recipes import Recipe
 from .text_encoder import TextEncoder
 
@@ -52,11 +53,13 @@ class Parts:
         pipeline: Diffusers' own, which draws with the long encoders.
         places: By the name of the component, `text_encoder` and `text_encoder_2`.
         scheduler: The noise schedule of training.
+        probe: Reads objects from the states of the encoders as they were before they were trained.
     """
 
     pipeline: DiffusionPipeline
     places: dict[str, Place]
     scheduler: DDPMScheduler
+    probe: FactProbe | None = None
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -307,6 +310,16 @@ def _relative_error(value: Tensor, target: Tensor) -> Tensor:
     return ((value - target).square().mean(1) / target.square().mean(1)).mean()
 
 
+def stated_facts(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
+    """What a linear probe reads of each object that a caption states, from the mean state of the words that state it.
+
+    The probe was fitted before training and is frozen: an object's size, color, shape and place must stand where they
+    stood in the captions that the encoder understood. No UNet is asked.
+    """
+    assert step.parts.probe is not None, "the probe is fitted first"
+    return step.parts.probe(step.captions(batch).states, batch["facts"])
+
+
 def kept_states(step: "TuningStep", batch: Batch, kept: Kept | None) -> Tensor:
     """The stock encoders' states of prompts that they read whole, and SDXL's pooled output."""
     assert kept is not None
@@ -330,7 +343,8 @@ class Term:
 
     Attributes:
         function: Of the step, a batch, and prompts that are kept; a scalar.
-        reads: What must be there: `images`, those with captions in other words, `restated`, `teacher`, `kept`.
+        reads: What must be there: `images`, those with captions in other words, `restated`, or whose captions say
+            where they state what, `facts`; `teacher`, `kept`.
     """
 
     function: Callable[["TuningStep", Batch, Kept | None], Tensor]
@@ -342,6 +356,7 @@ TERMS = {
     "teacher_predictions": Term(teacher_predictions, "teacher"),
     "restated_predictions": Term(restated_predictions, "restated"),
     "restated_attention": Term(restated_attention, "restated"),
+    "stated_facts": Term(stated_facts, "facts"),
     "kept_states": Term(kept_states, "kept"),
     "kept_predictions": Term(kept_predictions, "kept"),
 }
@@ -444,8 +459,8 @@ class TuningStep(nn.Module):
                 (B,); time_ids (B, 6); `input_ids` and, for SDXL, `input_ids_2` (B, T); with terms that keep,
                 `kept_ids`, `kept_ids_2` (K, Tk), prompts of the examples `kept_rows` (K,), of which the stock
                 encoders read the first 77 positions. `restated_ids`, `restated_ids_2` (B, T): the images' captions
-                in other words. `taught`: a teacher's batch beside one of images. `pairs`: a
-                batch of `data.batches.Collator` for the recipe.
+                in other words. `facts` (N, 7): see `probing.stated_facts`. `taught`: a teacher's batch beside one of
+                images. `pairs`: a batch of `data.batches.Collator` for the recipe.
         """
         batch = dict(batch)
         kept = self.keep(batch) if "kept_ids" in batch else None

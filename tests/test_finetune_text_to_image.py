@@ -231,6 +231,27 @@ def test_an_encoder_learns_other_words_for_pictures_that_it_draws(
             ))  # fmt: skip
 
 
+def test_facts_are_learned_by_the_words_that_state_them(
+    script: ModuleType, stable_diffusion_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    """Of scenes; two updates and a resumed one are three. Captions that are only texts are refused."""
+    terms = ("stated_facts=1", "kept_states=1")
+    flags = {"train_data": "scenes:all", "num_scenes": 64, "num_validation_prompts": 0, "max_train_steps": 3}
+    for folder, more in ((tmp_path / "one", {}), (tmp_path / "two", {"resume_from_checkpoint": "latest"})):
+        if more:
+            shutil.copytree(tmp_path / "one" / "checkpoint-2", folder / "checkpoint-2")
+        tune(stable_diffusion_folder, data, folder, terms, **flags | more, cache_dir=tmp_path / "c")
+    assert_same(tmp_path / "one", tmp_path / "two")
+    stock, tuned = weights_of(stable_diffusion_folder), weights_of(tmp_path / "one")
+    name = "encoder.layers.3.mlp.fc1.weight"
+    assert (tuned[name] - stock[name]).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="is not for stated_facts: no caption says where it states an object"):
+        script.main(script.Arguments(
+            output_dir=tmp_path / "out", pretrained_model_name_or_path=str(stable_diffusion_folder),
+            train_data=str(data), terms=["stated_facts=1"], report_to="none", train_batch_size=2,
+        ))  # fmt: skip
+
+
 def test_a_recipe_goes_along_and_its_model_still_retrieves(data: Path, tmp_path: Path) -> None:
     """On the bundled model: FineLIP's loss with heads that are drawn anew, and a term that keeps the stock space."""
     tune(BUNDLED_MODEL, data, tmp_path, ("denoising=1", "finelip_sparc=0.1", "teacher_predictions=1"),

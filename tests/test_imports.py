@@ -53,6 +53,7 @@ GROUPS = {
         "scenes.atoms",
         "scenes.parsing",
         "scenes",
+        "probing",
         "metrics",
     ],
     "data": [

@@ -31,6 +31,7 @@ from finelip_diffusion.low_rank import adapt_encoder, adapt_unet, fuse, save_une
 from finelip_diffusion.memory import Counter, activation_bytes
 from finelip_diffusion.model import FineLIPModel, load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.probing import FactProbe
 from finelip_diffusion.scenes import Object, Scene, describe, render, sample_scene
 from finelip_diffusion.teaching import Prompts, TrajectoryDataset, make_teacher, write_trajectories
 from finelip_diffusion.text_encoder import load_text_encoder, text_layers
@@ -255,6 +256,28 @@ def test_terms_of_the_same_captions_share_their_prediction(
     assert len(gradients[2]) == sum(weight.numel() for weight in encoder.parameters())
     error = (gradients[0] + gradients[1] - gradients[2]).norm() / gradients[2].norm()
     assert error < (1e-5 if precision == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("base", ["sd", "xl"])
+def test_facts_are_read_where_the_encoder_had_them(base: str, parts: Parts, parts_xl: Parts) -> None:
+    """The probe's loss on all states that a UNet reads; the probe is not trained, and no UNet is asked."""
+    parts = parts if base == "sd" else copy.deepcopy(parts_xl)
+    batch = batch_of(parts)
+    for place in parts.places.values():
+        place.encoder.requires_grad_(True)
+    states = TuningStep(parts, {}).captions(dict(batch)).states
+    torch.manual_seed(0)
+    parts.probe = FactProbe(states.shape[-1])
+    batch["facts"] = torch.tensor([[0, 2, 5, 8, 1, 2, 0], [0, 6, 6, 4, 0, 0, 1], [2, 1, 3, 0, 3, 4, 1]])
+    parts.unet.conv_in.register_forward_pre_hook(lambda *_: pytest.fail("the UNet was asked"))
+    step = TuningStep(parts, {"stated_facts": 2.0})
+    found = step(batch)["stated_facts"]
+    torch.testing.assert_close(found, 2 * parts.probe(states, batch["facts"]))
+    found.backward()
+    assert not any("probe" in name for name in step.trained)
+    assert all(weight.grad is None for weight in parts.probe.parameters())
+    moved = {name for name, weight in step.trained.items() if weight.grad is not None and weight.grad.any()}
+    assert all(any(name.startswith(f"{place}/") for name in moved) for place in parts.places)
 
 
 def test_gradients_reach_the_encoder_alone(parts: Parts) -> None:

@@ -61,6 +61,7 @@ from finelip_diffusion.low_rank import adapt_encoder, adapt_unet, fuse, save_une
 from finelip_diffusion.memory import activation_bytes
 from finelip_diffusion.model import load_clip
 from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.probing import FactProbe, fit_probe
 from finelip_diffusion.recipes import Recipe, read_recipe
 from finelip_diffusion.resuming import find_checkpoint, save_checkpoint, step_of
 from finelip_diffusion.rotary import mark_trained
@@ -90,6 +91,7 @@ from finelip_diffusion.tuning import (
     TERMS,
     Parts,
     TuningStep,
+    encode,
     keep_start,
     load_parts,
     prepare_frozen,
@@ -103,6 +105,8 @@ RECIPES = Path(__file__).parent / "recipes"
 STOCK_LENGTH = 77
 STAGES = ("text_encoder", "unet_lora")
 PLACES = ("text_encoder", "text_encoder_2")
+OF_STATES = {"kept_states", "stated_facts"}  # terms that no UNet has a part in
+NUM_PROBED, PROBED_AT_ONCE = 1200, 40  # captions that the probe of stated_facts is fitted to
 
 
 @dataclass
@@ -309,7 +313,7 @@ class Arguments(RunFlags):
             if not self.weights(stage):
                 raise ValueError(
                     f"--terms {' '.join(self.terms)} has nothing that trains {stage}: give "
-                    f"{', '.join(sorted(set(TERMS) - {'kept_states'}))}."
+                    f"{', '.join(sorted(set(TERMS) - OF_STATES))}."
                 )
 
     def weights(self, stage: str = "text_encoder") -> dict[str, float]:
@@ -335,7 +339,7 @@ class Arguments(RunFlags):
         if len(found.keys() & set(recipes)) > 1:
             raise ValueError(f"--terms names {len(found.keys() & set(recipes))} recipes: give one of them.")
         if stage == "unet_lora":  # neither states nor embeddings depend on the UNet
-            found = {name: weight for name, weight in found.items() if name in TERMS and name != "kept_states"}
+            found = {name: weight for name, weight in found.items() if name in set(TERMS) - OF_STATES}
         return {name: weight for name, weight in found.items() if weight}
 
     @property
@@ -565,6 +569,31 @@ def cached_trajectories(args: Arguments, parts: Parts, accelerator: Accelerator)
     return open_trajectories(folder)
 
 
+@torch.no_grad()
+def fitted_probe(args: Arguments, parts: Parts, dataset: CaptionDataset, device: torch.device) -> FactProbe:
+    """Reads objects from the states of training captions, by the encoders as they are.
+
+    Raises:
+        ValueError: If these captions do not say where they state what. One sentence.
+    """
+    tokenizers, encoders = zip(*((place.tokenizer, place.encoder) for place in parts.places.values()), strict=True)
+    collate = LatentCollator(tokenizers, 0.0, 0, STOCK_LENGTH, facts=True)
+    names = ("input_ids", "input_ids_2")[: len(tokenizers)]
+    draws = [(index % len(dataset), stable_hash("probe", args.seed, index)) for index in range(NUM_PROBED)]
+
+    def read() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, NUM_PROBED, PROBED_AT_ONCE):
+            batch = collate([{"caption": dataset.caption(*place), "draw": place[1]}
+                             for place in draws[start : start + PROBED_AT_ONCE]])  # fmt: skip
+            ids = [batch[name][:, : batch["longest"]].to(device) for name in names]
+            yield encode(encoders, ids, parts.is_xl).states, batch["facts"].to(device)
+
+    try:
+        return fit_probe(read())
+    except ValueError as error:
+        raise ValueError(f"--train_data {args.train_data} is not for stated_facts: {error}") from None
+
+
 def reads(weights: dict[str, float], *needs: str) -> bool:
     """Whether a term that counts reads one of these."""
     return any(weight and name in TERMS and TERMS[name].reads in needs for name, weight in weights.items())
@@ -591,18 +620,21 @@ class Batches:
         kept: Any = None if args.kept_data is None else open_captions(args, args.kept_data)
         self.main = self.taught = self.pairs = None
         self.skipped: list[Any] = []
-        if reads(weights, "images", "restated"):
+        if reads(weights, "images", "restated", "facts"):
             dataset = open_captions(args, args.train_data)
             if isinstance(dataset, Prompts):
-                by = next(name for name in weights if reads({name: weights[name]}, "images", "restated"))
+                by = next(name for name in weights if reads({name: weights[name]}, "images", "restated", "facts"))
                 raise ValueError(
                     f"--train_data {args.train_data} has no images, which {by} needs: leave it out of --terms, and "
                     "give teacher_predictions."
                 )
             latents = cached_latents(args, parts, dataset, accelerator)
             self.size, self.skipped = len(latents), latents.skipped
-            collator = LatentCollator(tokenizers, args.empty_captions, keeps, STOCK_LENGTH)
+            facts = reads(weights, "facts")
+            collator = LatentCollator(tokenizers, args.empty_captions, keeps, STOCK_LENGTH, facts)
             examples = LatentDataset(dataset, latents, kept, open_restated(args, dataset))
+            if facts:
+                parts.probe = fitted_probe(args, parts, dataset, accelerator.device)
             self.main = self._loader(examples, latents.rows[:, 0], collator, first,
                                      examples.lengths if args.length_bucketing else None)  # fmt: skip
         if reads(weights, "teacher"):
@@ -617,8 +649,8 @@ class Batches:
                 self.taught = loader
         if self.main is None:
             raise ValueError(
-                "--terms has none of denoising, restated_predictions, restated_attention and teacher_predictions, "
-                "which make the batches."
+                "--terms has none of denoising, restated_predictions, restated_attention, stated_facts and "
+                "teacher_predictions, which make the batches."
             )
         if retrieval is not None:
             self.pairs = self._pairs(retrieval, first)

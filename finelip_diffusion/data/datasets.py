@@ -325,7 +325,7 @@ class ScenesDataset(CaptionDataset):
         like = self._like if self._telling(draw)["wording"] == "sentences" else None
         if like is not None and like._told(index, draw).background is None:
             return str(told)[told.facts[0].start :]  # without the opening
-        return str(told)
+        return told
 
     def _told(self, index: int, draw: int) -> Caption:
         return describe(self.scene(index), draw, **self._telling(draw))

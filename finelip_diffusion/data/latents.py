@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..files import writing
+from ..probing import stated_facts
 from .batches import BUCKET_WINDOW
 from .captions import draw_short_prompt
 from .datasets import CaptionDataset, stable_hash
@@ -252,12 +253,18 @@ class LatentCollator:
         kept_every: Every so many examples have a prompt for the terms that keep: whole sentences of their caption
             that fit the stock encoder. 0 is none.
         stock_length: Tokens of the stock encoder.
+        facts: Whether batches say where captions state what.
     """
 
     def __init__(
-        self, tokenizers: Sequence[Any], empty_captions: float, kept_every: int, stock_length: int = 77
+        self,
+        tokenizers: Sequence[Any],
+        empty_captions: float,
+        kept_every: int,
+        stock_length: int = 77,
+        facts: bool = False,
     ) -> None:
-        self.tokenizers, self.empty_captions = list(tokenizers), empty_captions
+        self.tokenizers, self.empty_captions, self.facts = list(tokenizers), empty_captions, facts
         self.kept_every, self.stock_length = kept_every, stock_length
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -267,12 +274,13 @@ class LatentCollator:
             What examples have of tensors, stacked: latents (B, C, h, w), time_ids (B, 6); input_ids (B, T) and
             input_ids_2, padded to the encoders' length; `longest`, tokens of the longest caption; `cut`, captions
             that are longer than the encoders read; with other captions of the images, `restated_ids` (B, T),
-            restated_ids_2 and `longest_restated`; kept_rows (K,), the examples with kept prompts, and `kept_ids`
-            (K, T) and kept_ids_2, the empty prompt where the caption is left out.
+            restated_ids_2 and `longest_restated`; `facts` (N, 7), see `probing.stated_facts`; kept_rows (K,), the
+            examples with kept prompts, and `kept_ids` (K, T) and kept_ids_2, the empty prompt where the caption is
+            left out.
         """
         draws = [example["draw"] for example in examples]
         left_out = [random.Random(f"empty {draw}").random() < self.empty_captions for draw in draws]
-        captions = ["" if out else str(example["caption"]) for out, example in zip(left_out, examples, strict=True)]
+        captions = ["" if out else example["caption"] for out, example in zip(left_out, examples, strict=True)]
         batch: dict[str, Any] = {
             name: torch.stack([example[name] for example in examples])
             for name, value in examples[0].items()
@@ -280,6 +288,8 @@ class LatentCollator:
         }
         lengths = self._tokens(batch, "input_ids", captions)
         batch["longest"], batch["cut"] = max(lengths), sum(n > self.tokenizers[0].model_max_length for n in lengths)
+        if self.facts:
+            batch["facts"] = stated_facts(captions, self.tokenizers[0], self.tokenizers[0].model_max_length)
         if "restated" in examples[0]:
             restated = ["" if out else str(example["restated"])
                         for out, example in zip(left_out, examples, strict=True)]  # fmt: skip
