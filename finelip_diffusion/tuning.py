@@ -35,7 +35,7 @@ class Place:
         tokenizer: Its tokenizer.
         stock: The base's own, frozen.
         stock_tokenizer: Its tokenizer.
-        start: The long one as it was before it was trained, frozen, see `keep_start`.
+        start: The long one as it was before it was trained, or another, frozen, see `keep_start`.
     """
 
     encoder: TextEncoder
@@ -53,7 +53,7 @@ class Parts:
         pipeline: Diffusers' own, which draws with the long encoders.
         places: By the name of the component, `text_encoder` and `text_encoder_2`.
         scheduler: The noise schedule of training.
-        probe: Reads objects from the states of the encoders as they were before they were trained.
+        probe: Reads objects from the states of encoders that are not trained.
     """
 
     pipeline: DiffusionPipeline
@@ -499,10 +499,30 @@ def trained_of(parts: Parts, retrieval: TrainingStep | None = None) -> Iterator[
                 yield f"{prefix}.{name}", weight
 
 
-def keep_start(parts: Parts) -> None:
-    """Keeps a copy of the long encoders as they are, which the terms of other words read with."""
-    for place in parts.places.values():
-        place.start = copy.deepcopy(place.encoder).requires_grad_(False).eval()
+def keep_start(parts: Parts, finelip: str | Path | None = None) -> None:
+    """Keeps a copy of the long encoders as they are, which the terms of other words read with.
+
+    Args:
+        parts: Of the pipeline.
+        finelip: Other long encoders to read with instead, see `load_parts`.
+
+    Raises:
+        ValueError: If these do not fit, or read another number of tokens. One sentence.
+    """
+    for name, place in parts.places.items():
+        start = place.encoder
+        if finelip is not None:
+            source, extra = _source_of(name, finelip)
+            other, _ = long_encoder(place.stock, place.stock_tokenizer, source, warn=False, **extra)
+            assert other is not None
+            lengths = [encoder.config.max_position_embeddings for encoder in (start, other)]
+            if lengths[0] != lengths[1]:
+                raise ValueError(
+                    f"the {name} of {finelip} reads {lengths[1]} tokens, and the one that is trained {lengths[0]}: "
+                    "give encoders of the same length."
+                )
+            start = other
+        place.start = copy.deepcopy(start).requires_grad_(False).eval()
 
 
 def share_tower(model: FineLIPModel, encoder: TextEncoder) -> None:

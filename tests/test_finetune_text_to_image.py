@@ -292,6 +292,7 @@ def script() -> ModuleType:
         ({"terms": ["restated_predictions=1"]}, "--restated_data and a term restated_predictions or restated_att"),
         ({"terms": ["restated_attention=1"]}, "--restated_data and a term restated_predictions or restated_att"),
         ({"restated_data": "scenes"}, "or restated_attention need each other: give both, or none"),
+        ({"restated_finelip": "stretched"}, "--restated_finelip is for .* and stated_facts, and --terms has none"),
         ({"teacher": "paraphrase"}, "--teacher is paraphrase: give segment, chunk, or a share"),
         ({"teacher": "1"}, "--teacher is 1: give segment"),
         ({"padded_batches": 1.5}, "--padded_batches is 1.5, but a share lies in 0..1"),

@@ -34,7 +34,7 @@ from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.probing import FactProbe
 from finelip_diffusion.scenes import Object, Scene, describe, render, sample_scene
 from finelip_diffusion.teaching import Prompts, TrajectoryDataset, make_teacher, write_trajectories
-from finelip_diffusion.text_encoder import load_text_encoder, text_layers
+from finelip_diffusion.text_encoder import load_text_encoder, save_text_encoder, text_layers
 from finelip_diffusion.tuning import STRETCHED, Parts, TuningStep, encode, keep_start, load_parts, share_tower
 from finelip_diffusion.validation import Curve, counts_of, draw, prompts_of, recall
 
@@ -256,6 +256,27 @@ def test_terms_of_the_same_captions_share_their_prediction(
     assert len(gradients[2]) == sum(weight.numel() for weight in encoder.parameters())
     error = (gradients[0] + gradients[1] - gradients[2]).norm() / gradients[2].norm()
     assert error < (1e-5 if precision == torch.float32 else 0.05)
+
+
+def test_other_words_may_be_read_by_another_encoder(parts: Parts, tmp_path: Path) -> None:
+    """The target is what that one reads; one of another length is refused."""
+    other = copy.deepcopy(parts.places["text_encoder"])
+    with torch.no_grad():
+        text_layers(other.encoder)[0].mlp.fc2.weight.add_(0.1)
+    save_text_encoder(other.encoder, other.tokenizer, tmp_path)
+    keep_start(parts, tmp_path)
+    start = parts.places["text_encoder"].start
+    assert start is not None and not any(weight.requires_grad for weight in start.parameters())
+    found, expected = start.state_dict(), other.encoder.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    step, batch = TuningStep(parts, {"restated_predictions": 1.0}), batch_of(parts)
+    batch["restated_ids"] = batch["input_ids"].flip(0)
+    with torch.no_grad():
+        target = step.predict(step.noised(batch), step.read(batch, "restated_ids", [other.encoder]))
+        assert step(batch)["restated_predictions"] == F.mse_loss(step.predicted(dict(batch)), target)
+    parts.places["text_encoder"].encoder.config.max_position_embeddings = 300
+    with pytest.raises(ValueError, match="reads 248 tokens, and the one that is trained 300: give encoders of the"):
+        keep_start(parts, tmp_path)
 
 
 @pytest.mark.parametrize("base", ["sd", "xl"])

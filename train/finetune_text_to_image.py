@@ -213,8 +213,15 @@ class Arguments(RunFlags):
         default=None,
         metadata={
             "help": "The data with other captions of the training images, in the same order and in any format "
-            "of --train_data. restated_predictions and restated_attention read them with the encoder as it was "
-            "before training, which should understand them."
+            "of --train_data. restated_predictions and restated_attention read them with --restated_finelip, "
+            "which should understand them."
+        },
+    )
+    restated_finelip: str | None = field(
+        default=None,
+        metadata={
+            "help": "The long encoder that reads --restated_data and that the probe of stated_facts is fitted to. "
+            "The default is the encoder as it was before training."
         },
     )
     timestep_sampling: str = field(
@@ -307,6 +314,11 @@ class Arguments(RunFlags):
             raise ValueError(
                 "--restated_data and a term restated_predictions or restated_attention need each other: give both, "
                 "or none."
+            )
+        if self.restated_finelip and not any(reads(self.weights(each), "restated", "facts") for each in self.train):
+            raise ValueError(
+                "--restated_finelip is for restated_predictions, restated_attention and stated_facts, and --terms has "
+                "none of them: leave it out."
             )
         self.teacher_settings  # noqa: B018  # refuses what is unknown before anything is loaded
         for stage in self.train:
@@ -571,12 +583,13 @@ def cached_trajectories(args: Arguments, parts: Parts, accelerator: Accelerator)
 
 @torch.no_grad()
 def fitted_probe(args: Arguments, parts: Parts, dataset: CaptionDataset, device: torch.device) -> FactProbe:
-    """Reads objects from the states of training captions, by the encoders as they are.
+    """Reads objects from the states of training captions, by the encoders as they were before training.
 
     Raises:
         ValueError: If these captions do not say where they state what. One sentence.
     """
-    tokenizers, encoders = zip(*((place.tokenizer, place.encoder) for place in parts.places.values()), strict=True)
+    tokenizers = [place.tokenizer for place in parts.places.values()]
+    encoders = [place.start or place.encoder for place in parts.places.values()]
     collate = LatentCollator(tokenizers, 0.0, 0, STOCK_LENGTH, facts=True)
     names = ("input_ids", "input_ids_2")[: len(tokenizers)]
     draws = [(index % len(dataset), stable_hash("probe", args.seed, index)) for index in range(NUM_PROBED)]
@@ -849,8 +862,8 @@ def tune(stage: str, folder: Path, parts: Parts, args: Arguments) -> Tuned | Non
                                    DistributedDataParallelKwargs(find_unused_parameters=True))  # fmt: skip
     set_seed(args.seed)
     weights = args.weights(stage)
-    if reads(weights, "restated"):
-        keep_start(parts)
+    if reads(weights, "restated") or (args.restated_finelip and reads(weights, "facts")):
+        keep_start(parts, args.restated_finelip)
     set_trained(stage, parts, args)
     recipe = next((name for name in weights if name not in TERMS), None)
     retrieval = None if recipe is None else load_retrieval(recipe, parts, args)
