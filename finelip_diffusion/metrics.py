@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from .files import writing
-from .scenes import ATTRIBUTES, describe, fact_tokens, sample_scene
+from .probing import mean_states, stated_facts
+from .scenes import ATTRIBUTES, describe, sample_scene
 
 BLOCK = 1024  # rows that are taken into float64, or compared with as many others, at once
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # as its authors have them
@@ -447,32 +448,27 @@ def probe_text_states(
     """
     length = encoder.config.max_position_embeddings
     features: dict[str, dict[str, list[Tensor]]] = {split: {"last": [], "mean": []} for split in ("train", "test")}
-    labels: dict[str, list[list[int]]] = {"train": [], "test": []}
+    labels: dict[str, list[Tensor]] = {"train": [], "test": []}
     for split in features:
         for seed in range(num_captions // 2):
             caption = describe(sample_scene(seed, split, num_objects), seed)
             batch = tokenizer(str(caption), truncation=True, max_length=length, return_tensors="pt")
-            states = encoder(batch.input_ids).last_hidden_state[0].float()  # (T, D)
-            for fact, (first, last) in zip(caption.facts, fact_tokens(caption, tokenizer), strict=True):
-                if last < length - 1:
-                    features[split]["last"].append(states[last])
-                    features[split]["mean"].append(states[first : last + 1].mean(0))
-                    labels[split].append([_class(fact.object, name) for name in ATTRIBUTES])
-    targets = {split: torch.tensor(rows) for split, rows in labels.items()}
+            states = encoder(batch.input_ids).last_hidden_state.float()  # (1, T, D)
+            facts = stated_facts([caption], tokenizer, length)
+            features[split]["last"].append(states[0, facts[:, 2]])
+            features[split]["mean"].append(mean_states(states, facts))
+            labels[split].append(facts[:, 3:])
+    targets = {split: torch.cat(rows) for split, rows in labels.items()}
     return {
         name: {
             kind: linear_probe(
-                torch.stack(features["train"][kind]), targets["train"][:, column],
-                torch.stack(features["test"][kind]), targets["test"][:, column],
+                torch.cat(features["train"][kind]), targets["train"][:, column],
+                torch.cat(features["test"][kind]), targets["test"][:, column],
             )
             for kind in ("last", "mean")
         }
         for column, name in enumerate(ATTRIBUTES)
     }  # fmt: skip
-
-
-def _class(item: object, name: str) -> int:
-    return ATTRIBUTES[name].index(getattr(item, name))
 
 
 @torch.inference_mode()
