@@ -61,6 +61,9 @@ class Arguments:
     num_captions: int = field(default=4096, metadata={"help": "The number of captions for training the UNets."})
     num_pictures: int = field(default=400, metadata={"help": "The number of held-out scenes to compare."})
     num_inference_steps: int = field(default=20, metadata={"help": "The number of denoising steps."})
+    num_resamples: int = field(
+        default=100, metadata={"help": "The number of bootstrap resamples for the intervals of the distances."}
+    )
     seed: int = field(default=0, metadata={"help": "The random seed for training and for the noise of the pictures."})
 
     def __post_init__(self) -> None:
@@ -144,7 +147,10 @@ def measure(args: Arguments, shape: str) -> dict[str, object]:
     seen = {name: torch.cat(list(extract([Image.fromarray(each) for each in pixels(some)], extractor)))
             for name, some in (kinds | {"drawn": drawn}).items()}  # fmt: skip
     pairs = {"autoencoder": ("rebuilt", "pictures"), "unet": ("drawn", "rebuilt"), "both": ("drawn", "pictures")}
-    distances = {name: frechet_intervals({name: seen[one]}, seen[other])[name] for name, (one, other) in pairs.items()}
+    distances = {
+        name: frechet_intervals({name: seen[one]}, seen[other], num_resamples=args.num_resamples)[name]
+        for name, (one, other) in pairs.items()
+    }
     counts = torch.tensor(counts_of(prompts, drawn, pipe.tokenizer))[:, :2]
     rows = torch.arange(len(counts)).repeat_interleave(counts[:, 1])
     hits = torch.cat([torch.arange(stated) < found for found, stated in counts.tolist()])
