@@ -43,7 +43,7 @@ DECODED_AT_ONCE = 32
 
 @dataclass
 class Arguments:
-    """The defaults make the table in docs/scenes.md."""
+    """The defaults take most of an hour of one core for four shapes of nine by nine."""
 
     output_dir: Path = field(
         default=Path("runs/latents"), metadata={"help": "The folder where models and figures are written."}
