@@ -163,7 +163,12 @@ def measure(args: Arguments, shape: str) -> dict[str, object]:
 def main(args: Arguments) -> None:
     diffusers_logging.set_verbosity_error()
     file = args.output_dir / "report.json"
-    report = json.loads(file.read_text()) if file.is_file() else {}
+    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "shapes")}
+    report = json.loads(file.read_text()) if file.is_file() else {"settings": settings}
+    if report["settings"] != settings:
+        raise SystemExit(
+            f"{file} was made with {report['settings']}: give the same settings, or another --output_dir."
+        )
     for shape in args.shapes:
         if shape not in report:
             report[shape] = measure(args, shape)

@@ -196,6 +196,8 @@ def test_latents_are_compared_by_both_costs(tmp_path: Path) -> None:
     (row,) = (line.strip("| ").split(" | ") for line in again.stdout.splitlines() if line.startswith("| 18x18"))
     assert row[:2] == ["18x18x2", "648"] and row[4].startswith(f"{figures['both']['value']:.1f} [")
     assert weights.stat().st_mtime_ns == trained
+    other = scripts.run(BENCHMARKS / "latents.py", *words, "--seed=1")
+    assert "was made with" in other.stderr and "give the same settings, or another --output_dir." in other.stderr
     wrong = scripts.run(BENCHMARKS / "latents.py", "--shapes", "10x4")
     assert "--shapes has 10x4: give SIDExCHANNELS, such as 9x16" in wrong.stderr.splitlines()[-1]
 
