@@ -180,11 +180,8 @@ class Studio:
             return visit
 
     def leave(self, session: str | None) -> None:
-        """Stops what a session draws and forgets it."""
-        with self._visiting:
-            visit = self._visits.pop(session or "", None)
-        if visit is not None:
-            visit.stop.set()
+        """Stops what a session draws, and what it has begun to: that request may come after the window has closed."""
+        self.visit(session).stop.set()
 
     def begin(self, session: str | None) -> threading.Event:
         """A window begins a drawing: what it drew until now ends. Set the event to stop the new one."""

@@ -277,6 +277,7 @@ def test_two_tabs_a_place_in_line_stop_and_a_closed_tab(tabs, url, bundled_pipe)
             set_number(first, "number", "4")
             counting = bundled_pipe.unet.register_forward_hook(lambda *_: calls.append(1))
             begin(first, example_prompts.SCENES["9 shapes"], "150")
+            expect(first.locator("#shown")).to_contain_text("step")
 
         # The first tab is closed: the second is served at once, not after 600 steps.
         second.locator("#compare").click()

@@ -5,6 +5,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import example_prompts
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import settings as page_settings
 import studio
 import torch
+from actions import Actions
 
 from finelip_diffusion import FineLIPStableDiffusionXLPipeline
 from finelip_diffusion.prompts import LONG_PROMPTS, sentence_spans
@@ -169,13 +171,21 @@ def test_visits_and_maps_are_forgotten_oldest_first(room, monkeypatch):
         room.visit(name)
     assert list(room._visits) == ["2", "0", "3"]
     assert room.visit("0") is first
-    room.leave("0")
-    assert first.stop.is_set()
-    assert room.visit("0") is not first
     picture = draw(room, steps=1)[-1]
     for name in ("a", "b", "c"):
         room.remember(name, picture)
     assert (room.recall("a"), room.recall("c"), room.recall(["c"])) == (None, picture, None)
+
+
+def test_a_window_that_closes_between_the_click_and_the_drawing_draws_nothing(room):
+    actions = Actions(room, None, None, page_settings.as_record(page_settings.Settings("x")))
+    window = SimpleNamespace(session_hash="closed")
+    actions.begin(window)
+    actions.leave(window)
+    values = page_settings.as_record(page_settings.Settings(PROMPT, steps=3)).values()
+    told, *_ = list(actions.draw(window, None, False, *values))
+    assert "Stopped." in told[0]
+    assert room._pipe is None
 
 
 def test_the_line_is_first_come_first_served_and_says_how_many_come_first(room):
