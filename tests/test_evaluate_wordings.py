@@ -33,8 +33,38 @@ def test_the_report_has_every_prompt_and_its_share(tmp_path: Path) -> None:
             assert row["after 190"]["n"] == sum(fact.get("token", 0) > 190 for fact in facts)
     assert all(row["after 190"]["n"] > 1 for row in sets["window"].values())
     assert sets["splits"]["sentences"]["found"]["value"] > 0.6  # what the bundled model was made for
-    assert "| sentences |" in (tmp_path / "report.md").read_text()
+    for name in ("all", "unseen"):
+        row = sets["splits"][name]
+        assert sum(each["found"]["n"] for each in row["wordings"].values()) == row["found"]["n"]
+    text = (tmp_path / "report.md").read_text()
+    assert "| sentences |" in text
+    assert "## splits, unseen, by wording" in text
+    assert "## window, late" not in text  # of one wording
     assert Image.open(tmp_path / "sample.png").size == (5 * (2 * IMAGE_SIZE + 12), IMAGE_SIZE + 6)
+
+
+def test_a_run_is_compared_with_another_on_the_same_prompts(tmp_path: Path) -> None:
+    flags = ["--num_prompts", 3, "--num_inference_steps", 6, "--sets", "splits"]
+    done = scripts.run(SCRIPT, "--output_dir", tmp_path / "one", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    flags += ["--compared_with", tmp_path / "one"]
+    done = scripts.run(SCRIPT, "--output_dir", tmp_path / "two", *flags, "--long_prompt", "truncate")
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (json.loads((tmp_path / name / "report.json").read_text())["sets"]["splits"] for name in ("one", "two"))
+    for name, row in two.items():
+        shares = [
+            [sum(fact["found"] for fact in prompt["facts"]) / len(prompt["facts"]) for prompt in side["prompts"]]
+            for side in (row, one[name])
+        ]
+        mean = sum(new - old for new, old in zip(*shares, strict=True)) / 3
+        assert row["difference"]["value"] == pytest.approx(mean, abs=1e-6)
+        assert row["difference"]["n"] == 3
+    assert two["sentences"]["difference"]["value"] < 0  # what follows token 77 is not read
+    assert "| after 190 | difference | facts |" in (tmp_path / "two" / "report.md").read_text()
+    done = scripts.run(SCRIPT, "--output_dir", tmp_path / "two", *flags, "--first_seed", 1)
+    assert "has other prompts of splits, sentences: give both runs the same" in done.stderr.splitlines()[-1]
+    done = scripts.run(SCRIPT, "--output_dir", tmp_path / "two", "--compared_with", tmp_path / "none")
+    assert f"--compared_with {tmp_path / 'none'} has no report.json in it" in done.stderr.splitlines()[-1]
 
 
 def test_another_unet_is_the_one_that_draws(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_every_family_states_every_object_once_and_knows_where(split: str, name:
         scene = sample_for(name, seed) if name == "unplaced" else sample_scene(seed, num_objects=(2, 9))
         caption = describe(scene, seed, wording=name, split=split)
         assert caption == describe(scene, seed, wording=name, split=split)
+        assert caption.wording == name
         assert sorted(fact.object for fact in caption.facts) == list(scene.objects)
         assert not re.search("[\ue000-\ue0ff{}]", caption) or name == "records"
         for fact, text in zip(caption.facts, words_of(caption), strict=True):
@@ -136,6 +137,7 @@ def test_changes_of_the_whole_text_keep_each_facts_words(change) -> None:
     for seed in range(60):
         caption = describe(sample_scene(seed), seed, wording="any")
         changed = change(caption)
+        assert (changed.background, changed.wording) == (caption.background, caption.wording)
         assert [fact.object for fact in changed.facts] == [fact.object for fact in caption.facts]
         for before, after in zip(words_of(caption), words_of(changed), strict=True):
             alone = Caption(before)

@@ -2,12 +2,14 @@
 
     python train/evaluate_wordings.py --output_dir runs/wordings                      # the bundled model, every set
     python train/evaluate_wordings.py --output_dir runs/wordings --sets reading       # find_facts alone, seconds
+    python train/evaluate_wordings.py --output_dir runs/other --finelip OTHER --compared_with runs/wordings
 
 Sets: `splits`, held-out scenes in sentences, in any trained wording, in unseen wordings; `families`, each by itself;
 `changes`, one change at a time to the same captions; `people`, prompts that no generator wrote; `anywhere`, one object
 without a place; `window`, the longest captions, whose facts end after token 190; `reading`, precision and recall of
 find_facts by family; `sample`, a sheet of pictures with what the reader says of each, to be checked by eye.
-`OUTPUT_DIR/report.json` has every prompt, `report.md` the tables.
+`OUTPUT_DIR/report.json` has every prompt, `report.md` the tables; where a row mixes wordings, one more by wording.
+`--compared_with` adds the difference from another run on the same prompts, which tells more than two intervals do.
 Intervals are 95% bootstrap intervals over prompts.
 """
 
@@ -17,6 +19,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -83,6 +86,10 @@ class Arguments:
             "help": "The seed of the first prompt. Prompt i uses this seed plus i for its scene, caption and noise."
         },
     )
+    compared_with: Path | None = field(
+        default=None,
+        metadata={"help": "The --output_dir of another run with the same prompts, to tell the differences from it."},
+    )
     num_inference_steps: int = field(default=20, metadata={"help": "The number of denoising steps."})
     guidance_scale: float = field(default=3.0, metadata={"help": "The scale of classifier-free guidance."})
     batch_size: int = field(default=25, metadata={"help": "The number of images per batch."})
@@ -97,18 +104,18 @@ class Arguments:
             raise ValueError("--repainted is for a UNet of the stage restyle of train_scenes.py: give it as --unet.")
         if unknown := set(self.sets) - set(SETS):
             raise ValueError(f"--sets has {', '.join(sorted(unknown))}: choose among {', '.join(SETS)}.")
+        if self.compared_with is not None and not (self.compared_with / "report.json").is_file():
+            raise ValueError(
+                f"--compared_with {self.compared_with} has no report.json in it: give a run's --output_dir."
+            )
 
 
 def people() -> list[Caption]:
     """The prompts of examples/peoples_words.json. Where one names no size, either is right: that fact's size is ""."""
     captions = []
     for row in json.loads(PEOPLE.read_text(encoding="utf-8")):
-        caption = Caption(row["prompt"])
-        caption.facts = tuple(
-            Fact(Object(item["cell"], item["shape"], item["colour"], item["size"] or ""), 0, len(caption))
-            for item in row["objects"]
-        )
-        captions.append(caption)
+        objects = (Object(item["cell"], item["shape"], item["colour"], item["size"] or "") for item in row["objects"])
+        captions.append(Caption(row["prompt"], [Fact(item, 0, len(row["prompt"])) for item in objects]))
     return captions
 
 
@@ -161,7 +168,7 @@ def drawn(pipe: FineLIPStableDiffusionPipeline, captions: list[Caption], args: A
             for record, fact in zip(found, caption.facts, strict=True):
                 if not fact.object.size:
                     record["found"] = bool(record["shape"] and record["colour"])
-        rows.append({"prompt": str(caption), "facts": found})
+        rows.append({"prompt": str(caption), "wording": caption.wording, "facts": found})
     return rows
 
 
@@ -215,6 +222,37 @@ def figures(rows: list[dict]) -> dict[str, Any]:
     return result
 
 
+def by_wording(rows: list[dict]) -> dict[str, dict[str, Any]]:
+    """The same of each wording of a row, where it has several."""
+    wordings = sorted({row["wording"] for row in rows} - {None})
+    several = len(wordings) > 1
+    return {each: figures([row for row in rows if row["wording"] == each]) for each in wordings if several}
+
+
+def difference(rows: list[dict], others: list[dict]) -> dict[str, Any]:
+    """How much more of its facts a prompt has than in another run, the mean over prompts."""
+    shares = [
+        [fmean(fact["found"] for fact in row["facts"]) for row in side if row["facts"]] for side in (rows, others)
+    ]
+    return bootstrap_interval(torch.tensor(shares[0]) - torch.tensor(shares[1]))
+
+
+def other_run(args: Arguments, told: dict[str, dict[str, list[Caption]]]) -> dict[str, dict[str, list[dict]]]:
+    """The prompts of `--compared_with`, which has to have drawn the same ones."""
+    if args.compared_with is None:
+        return {}
+    sets = json.loads((args.compared_with / "report.json").read_text(encoding="utf-8"))["sets"]
+    others = {name: {row: sets.get(name, {}).get(row, {}).get("prompts", []) for row in told[name]} for name in told}
+    for name, rows in told.items():
+        for row, captions in rows.items():
+            if [str(caption) for caption in captions] != [other["prompt"] for other in others[name][row]]:
+                raise ValueError(
+                    f"--compared_with {args.compared_with} has other prompts of {name}, {row}: give both runs "
+                    "the same --sets, --num_prompts and --first_seed."
+                )
+    return others
+
+
 def reading(args: Arguments) -> dict[str, dict[str, Any]]:
     """Precision and recall of find_facts, by family, without and with noise, and of the people's words."""
     sets = {}
@@ -244,19 +282,32 @@ def reading(args: Arguments) -> dict[str, dict[str, Any]]:
     return result
 
 
+def table(title: str, rows: dict[str, Any]) -> list[str]:
+    """Rows of figures in Markdown."""
+    keys = [key for key in (*SIDES, "difference", "precision", "recall") if key in next(iter(rows.values()))]
+    whole = "found" if "found" in keys else "recall"
+    cells = [
+        [row, *(shown(result[key], sign=key == "difference") for key in keys), str(result[whole]["n"])]
+        for row, result in rows.items()
+    ]
+    return [f"## {title}", "", *markdown_table([title.split(", ")[-1], *keys, "facts"], cells), ""]
+
+
 def tables(report: dict[str, Any]) -> str:
     """All sets in Markdown."""
-    parts = []
+    lines = []
     for name, rows in report["sets"].items():
-        keys = ("precision", "recall") if name == "reading" else SIDES
-        cells = [[row, *(shown(result[key]) for key in keys), str(result[keys[-1 if name == "reading" else 0]]["n"])]
-                 for row, result in rows.items()]  # fmt: skip
-        parts += [f"## {name}", "", *markdown_table([name, *keys, "facts"], cells), ""]
-    return "\n".join(parts)
+        lines += table(name, rows)
+        for row, result in rows.items():
+            if result.get("wordings"):
+                lines += table(f"{name}, {row}, by wording", result["wordings"])
+    return "\n".join(lines)
 
 
 def main(args: Arguments) -> None:
     report: dict[str, Any] = {"settings": {key: str(value) for key, value in asdict(args).items()}, "sets": {}}
+    told = {name: rows_of(name, args) for name in args.sets if name not in ("reading", "sample")}
+    others = other_run(args, told)
     pipe: Any = None
     if set(args.sets) - {"reading"}:
         finelip = args.finelip or str(args.model / "finelip")
@@ -271,8 +322,13 @@ def main(args: Arguments) -> None:
             with writing(args.output_dir / "sample.png") as file:
                 sheet(pipe, args).save(file, "PNG")
         else:
-            results = {row: drawn(pipe, captions, args, row) for row, captions in rows_of(name, args).items()}
-            report["sets"][name] = {row: figures(prompts) | {"prompts": prompts} for row, prompts in results.items()}
+            report["sets"][name] = {}
+            for row, captions in told[name].items():
+                prompts = drawn(pipe, captions, args, row)
+                compared = {"difference": difference(prompts, others[name][row])} if others else {}
+                report["sets"][name][row] = figures(prompts) | compared | {
+                    "wordings": by_wording(prompts), "prompts": prompts,
+                }  # fmt: skip
         with writing(args.output_dir / "report.json") as file:
             file.write_text(json.dumps(report, indent=1), encoding="utf-8")
         with writing(args.output_dir / "report.md") as file:

@@ -20,24 +20,22 @@ def _sentences(caption: Caption) -> tuple[str, list[tuple[str, Fact]]]:
     return caption[: starts[0] - 1], [(caption[start:stop], fact) for start, stop, fact in told]
 
 
-def _together(parts: list[tuple[str, Fact | None]], background: str | None, joint: str = " ") -> Caption:
-    """Parts in one caption; a fact begins where its part does, after a bullet."""
+def _together(caption: Caption, parts: list[tuple[str, Fact | None]], joint: str = " ") -> Caption:
+    """A caption in other parts; a fact begins where its part does, after a bullet."""
     facts, length = [], 0
     for text, fact in parts:
         if fact is not None:
             start = length + text.startswith("- ") * 2
             facts.append(Fact(fact.object, start, start + fact.end - fact.start))
         length += len(text) + len(joint)
-    caption = Caption(joint.join(text for text, _ in parts))
-    caption.facts, caption.background = tuple(facts), background
-    return caption
+    return caption.put(joint.join(text for text, _ in parts), facts)
 
 
 def reordered(caption: Caption, seed: int) -> Caption:
     """Its sentences in another order, the opening last."""
     opening, told = _sentences(caption)
     random.Random(f"order {seed}").shuffle(told)
-    return _together([*told, (opening, None)], caption.background)
+    return _together(caption, [*told, (opening, None)])
 
 
 def padded(caption: Caption, seed: int) -> Caption:
@@ -48,13 +46,13 @@ def padded(caption: Caption, seed: int) -> Caption:
     fillers = rng.sample(BETWEEN, len(told) // 2)
     for number, sentence in enumerate(told, 1):
         parts += [sentence, *([(fillers.pop(), None)] if number % 2 == 0 else [])]
-    return _together(parts, caption.background)
+    return _together(caption, parts)
 
 
 def bulleted(caption: Caption) -> Caption:
     """As a list, a sentence a line."""
     opening, told = _sentences(caption)
-    return _together([(opening, None), *((f"- {text}", fact) for text, fact in told)], caption.background, "\n")
+    return _together(caption, [(opening, None), *((f"- {text}", fact) for text, fact in told)], "\n")
 
 
 CHANGES: dict[str, Callable[[Scene, int], Caption]] = {

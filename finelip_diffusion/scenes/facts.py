@@ -29,10 +29,23 @@ class Caption(str):
     Attributes:
         facts: What it states of objects, in the order of the text.
         background: What `describe` has said of the background; None if nothing.
+        wording: The family in which `describe` has told it; None for any other text.
     """
 
-    facts: tuple[Fact, ...] = ()
-    background: str | None = None
+    facts: tuple[Fact, ...]
+    background: str | None
+    wording: str | None
+
+    def __new__(
+        cls, text: str, facts: Iterable[Fact] = (), background: str | None = None, wording: str | None = None
+    ) -> "Caption":
+        self = super().__new__(cls, text)
+        self.facts, self.background, self.wording = tuple(facts), background, wording
+        return self
+
+    def put(self, text: str, facts: Iterable[Fact]) -> "Caption":
+        """The same caption in another text, which states the same facts elsewhere."""
+        return Caption(text, facts, self.background, self.wording)
 
 
 def advice(prompt: str) -> str | None:

@@ -61,14 +61,12 @@ def edited(caption: Caption, edits: Iterable[Edit]) -> Caption:
         shift += len(text) - (end - start)
         moves.append((end, shift))
         position = end
-    changed = Caption("".join([*parts, caption[position:]]))
 
     def moved(place: int) -> int:
         return place + next(shift for end, shift in reversed(moves) if end <= place)
 
-    changed.facts = tuple(Fact(fact.object, moved(fact.start), moved(fact.end)) for fact in caption.facts)
-    changed.background = caption.background
-    return changed
+    facts = (Fact(fact.object, moved(fact.start), moved(fact.end)) for fact in caption.facts)
+    return caption.put("".join([*parts, caption[position:]]), facts)
 
 
 def lower(caption: Caption) -> Caption:
@@ -82,10 +80,7 @@ def upper(caption: Caption) -> Caption:
 
 
 def _cased(caption: Caption, change: Callable[[str], str]) -> Caption:
-    changed = Caption("".join(change(letter) if letter.isascii() else letter for letter in caption))
-    changed.facts = caption.facts
-    changed.background = caption.background
-    return changed
+    return caption.put("".join(change(letter) if letter.isascii() else letter for letter in caption), caption.facts)
 
 
 def unpunctuated(caption: Caption) -> Caption:

@@ -42,7 +42,7 @@ def find_facts(text: str) -> Caption:
         The text with its facts. Those of a caption of `describe` in sentences name the same objects and end where its
         own do.
     """
-    caption, found, context = Caption(text), list[Fact](), _Context()
+    found, context = list[Fact](), _Context()
     atoms = list(Scanner(text).atoms())
     context.anywhere = not any(atom.kind in (*PLACED, "half", "line") for atom in atoms)
     for segment in _segments(atoms):
@@ -55,8 +55,7 @@ def find_facts(text: str) -> Caption:
         if all(fact.object == other.object for other in found if other.object.cell == fact.object.cell)
         and fact.object.cell not in cells[:place]
     ]
-    caption.facts = tuple(sorted(certain, key=lambda fact: fact.start))
-    return caption
+    return Caption(text, sorted(certain, key=lambda fact: fact.start))
 
 
 @dataclass

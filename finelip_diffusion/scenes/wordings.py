@@ -105,8 +105,7 @@ def describe(
         text = tell(teller)
         if wording not in ("prose", "tags", "unplaced") and teller.chance(PREAMBLES):
             text = f"{preamble(teller.rng, teller.rng.randint(2, 5))} {text}"
-        caption = _unmarked(text, scene)
-        caption.background = scene.background if teller.says_background else None
+        caption = _unmarked(text, scene, scene.background if teller.says_background else None, wording)
     return disturbed(caption, seed) if noise else caption
 
 
@@ -151,7 +150,7 @@ def telling(wording: str) -> dict[str, Any]:
     return {"wording": wording, "split": "unseen" if wording in FAMILIES["unseen"] else "train"}
 
 
-def _unmarked(text: str, scene: Scene) -> Caption:
+def _unmarked(text: str, scene: Scene, background: str | None, wording: str) -> Caption:
     """A family's text, its marks taken out and kept as facts."""
     parts, facts, length = list[str](), list[Fact](), 0
     opened: list[tuple[Object, int]] = []
@@ -164,9 +163,7 @@ def _unmarked(text: str, scene: Scene) -> Caption:
         else:
             parts.append(part)
             length += len(part)
-    caption = Caption("".join(parts))
-    caption.facts = tuple(facts)
-    return caption
+    return Caption("".join(parts), facts, background, wording)
 
 
 def _in_sentences(scene: Scene, seed: int, like: Scene | None) -> Caption:
@@ -196,9 +193,7 @@ def _in_sentences(scene: Scene, seed: int, like: Scene | None) -> Caption:
         fact = fact.replace(" a orange", " an orange").replace("A orange", "An orange")
         facts.append(Fact(item, len(text) + 1, len(text) + 1 + len(fact)))
         text += " " + fact + rng.choice(ENDINGS)
-    caption = Caption(text)
-    caption.facts, caption.background = tuple(facts), scene.background
-    return caption
+    return Caption(text, facts, scene.background, "sentences")
 
 
 def _late(scene: Scene, seed: int) -> Caption:
@@ -210,8 +205,6 @@ def _late(scene: Scene, seed: int) -> Caption:
     for filler in rng.sample(BEFORE, len(BEFORE)):
         if len(before) + len(filler) + 1 <= room:
             before += f"{filler} "
-    caption = Caption(before + plain)
-    caption.facts = tuple(replace(fact, start=fact.start + len(before), end=fact.end + len(before))
-                          for fact in plain.facts)  # fmt: skip
-    caption.background = plain.background
-    return caption
+    shift = len(before)
+    facts = (replace(fact, start=fact.start + shift, end=fact.end + shift) for fact in plain.facts)
+    return Caption(before + plain, facts, plain.background, "late")
