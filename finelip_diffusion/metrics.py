@@ -164,7 +164,9 @@ def frechet_distance(mean_a: Features, cov_a: Features, mean_b: Features, cov_b:
         raise ValueError(f"means and covariances have the shapes {shapes}: give (D,), (D, D), (D,), (D, D).")
     if not all(np.isfinite(value).all() for value in (mean_a, cov_a, mean_b, cov_b)):
         raise ValueError("a mean or covariance is not finite: look for NaN or infinity in the features.")
-    return _squared_distance(mean_a, cov_a, _root(cov_a), mean_b, cov_b)
+    root = _root(cov_a)
+    shared = np.sqrt(np.linalg.eigvalsh(root.T @ cov_b @ root).clip(0)).sum()
+    return max(0.0, float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * shared))
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -172,13 +174,6 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(covariance)
     kept = values > values[-1] * len(values) * np.finfo(np.float64).eps  # what is below is a rounded zero
     return vectors[:, kept] * np.sqrt(values[kept])
-
-
-def _squared_distance(
-    mean_a: np.ndarray, cov_a: np.ndarray, root_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray
-) -> float:
-    shared = np.sqrt(np.linalg.eigvalsh(root_a.T @ cov_b @ root_a).clip(0)).sum()
-    return max(0.0, float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * shared))
 
 
 def frechet_intervals(
@@ -230,12 +225,8 @@ def frechet_intervals(
             )
 
     def distances(weights: np.ndarray, others: np.ndarray) -> list[float]:
-        mean, covariance = _weighted_statistics(references, others)
-        root = _root(covariance)
-        return [
-            _squared_distance(mean, covariance, root, *_weighted_statistics(rows, weights))
-            for rows in features.values()
-        ]
+        reference = _weighted_statistics(references, others)
+        return [_squared_distance(*reference, *_weighted_statistics(rows, weights)) for rows in features.values()]
 
     values = dict(zip(features, distances(np.ones(n), np.ones(len(references))), strict=True))
     rng = np.random.default_rng(seed)
@@ -258,13 +249,21 @@ def frechet_intervals(
 
 
 def _weighted_statistics(features: Features, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and unbiased covariance of features (N, D) of which each counts `weights` (N,) times."""
+    """Mean of features (N, D) of which each counts `weights` (N,) times, and F (at most D, D): F^T F, unbiased, is
+    their covariance."""
     kept = np.flatnonzero(weights)
     rows, weights, n = _rows(features[kept]), weights[kept], weights.sum()  # a copy, which is changed in place
     mean = weights @ rows / n
     rows -= mean
-    rows *= np.sqrt(weights)[:, None]
-    return mean, rows.T @ rows / (n - 1)
+    rows *= np.sqrt(weights / (n - 1))[:, None]
+    return mean, np.linalg.qr(rows, mode="r") if len(rows) > rows.shape[1] else rows
+
+
+def _squared_distance(mean_a: np.ndarray, factor_a: np.ndarray, mean_b: np.ndarray, factor_b: np.ndarray) -> float:
+    """`frechet_distance` by factors of the covariances: tr((C_a C_b)^(1/2)) is the sum of the singular values of
+    F_a F_b^T, a matrix as small as the number of images where that is below the number of features."""
+    shared = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
+    return max(0.0, float(sum(np.square(part).sum() for part in (mean_a - mean_b, factor_a, factor_b)) - 2 * shared))
 
 
 def _normal_interval(value: float, resampled: np.ndarray, n: int) -> dict[str, float | int]:

@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from tiny_models import make_stable_diffusion, make_stable_diffusion_xl, tiny_text_encoder, tiny_unet
+from tiny_models import as_published, make_stable_diffusion, make_stable_diffusion_xl, tiny_text_encoder, tiny_unet
 from transformers import CLIPTokenizer
 
 from finelip_diffusion.tokenizer import clip_tokenizer
@@ -91,14 +91,14 @@ def text_of(tokenizer: CLIPTokenizer) -> Callable[[int], str]:
 def stable_diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stable_diffusion")
     make_stable_diffusion().save_pretrained(folder)
-    return folder
+    return as_published(folder)
 
 
 @pytest.fixture(scope="session")
 def stable_diffusion_xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stable_diffusion_xl")
     make_stable_diffusion_xl().save_pretrained(folder)
-    return folder
+    return as_published(folder)
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +107,7 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
     tiny_text_encoder(7, positions=248).save_pretrained(folder / "text_encoder")
     clip_tokenizer(248).save_pretrained(folder / "tokenizer")
-    return folder
+    return as_published(folder)
 
 
 @pytest.fixture(scope="session")

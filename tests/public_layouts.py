@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 import torch
 from tiny_models import WIDTH
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 
 Tensors = dict[str, Tensor]
 CLIP_PARTS = {
@@ -23,7 +22,12 @@ CLIP_PARTS = {
 }
 
 
-TOKENIZER = CLIPTokenizer.from_pretrained(BUNDLED_MODEL / "tokenizer")  # small: it is copied for every encoder
+BYTES = [character + end for end in ("", "</w>") for character in pre_tokenizers.ByteLevel.alphabet()]
+TOKENIZER = CLIPTokenizer(  # single bytes: it is copied for every encoder
+    vocab={word: i for i, word in enumerate([*BYTES, "<|startoftext|>", "<|endoftext|>"])},
+    merges=[],
+    model_max_length=77,
+)
 AS_IS = {"max_length": None, "num_attention_heads": 2, "hidden_act": "quick_gelu", "tokenizer": TOKENIZER}
 
 

@@ -200,17 +200,19 @@ def paired(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return prompts + noises[0], 1.3 * prompts + noises[1], 1.35 * prompts + noises[2]
 
 
-def test_a_resample_is_the_distance_of_repeated_rows() -> None:
-    """Against plain statistics of the rows drawn, repeated as often as drawn, with the same generator."""
-    references, base, other = paired(60, 0)
+@pytest.mark.parametrize("n", [60, 5])
+def test_a_resample_is_the_distance_of_repeated_rows(n: int) -> None:
+    """Against plain statistics of the rows drawn, repeated as often as drawn, with the same generator: of more rows
+    than the 6 features, and of fewer."""
+    references, base, other = paired(n, 0)
     found = frechet_intervals({"base": base, "other": torch.from_numpy(other)}, references, "base", 20, seed=3)
     rng = np.random.default_rng(3)
-    drawn = [np.repeat(np.arange(60), rng.multinomial(60, np.full(60, 1 / 60))) for _ in range(20)]
+    drawn = [np.repeat(np.arange(n), rng.multinomial(n, np.full(n, 1 / n))) for _ in range(20)]
 
     def distances(values: np.ndarray) -> np.ndarray:
         return np.array([
             frechet_distance(*statistics(references[rows]), *statistics(values[rows]))
-            for rows in [np.arange(60), *drawn]
+            for rows in [np.arange(n), *drawn]
         ])  # fmt: skip
 
     for figure, expected in (
@@ -219,7 +221,7 @@ def test_a_resample_is_the_distance_of_repeated_rows() -> None:
         (found["other"]["difference"], distances(other) - distances(base)),
     ):
         value, reach = expected[0], 1.96 * expected[1:].std(ddof=1)
-        assert figure["n"] == 60
+        assert figure["n"] == n
         assert [figure[key] for key in ("value", "low", "high")] == pytest.approx(
             [value, value - reach, value + reach], rel=1e-9
         )

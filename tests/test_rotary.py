@@ -10,7 +10,7 @@ import pytest
 import scripts
 import torch
 from diffusers import DiffusionPipeline
-from tiny_models import make_stable_diffusion, pixels, tiny_text_encoder
+from tiny_models import as_published, make_stable_diffusion, pixels, tiny_text_encoder
 from torch import Tensor
 from transformers import CLIPTextConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -175,6 +175,7 @@ def drawn(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """A saved pipeline with a rotary encoder, and what it drew."""
     home = tmp_path_factory.mktemp("pipeline")
     make_stable_diffusion().save_pretrained(home / "base")
+    as_published(home)
     pipe = FineLIPStableDiffusionPipeline.from_pretrained(home / "base", finelip=folder)
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.text_encoder, RotaryTextModel)

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from packaging.version import Version
 from public_layouts import hugging_face, open_clip, prefixed, renamed
 from safetensors.torch import load_file, save_file
-from tiny_models import make_stable_diffusion, make_stable_diffusion_xl, tiny_text_encoder, tiny_unet
+from tiny_models import as_published, make_stable_diffusion, make_stable_diffusion_xl, tiny_text_encoder, tiny_unet
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finelip_diffusion import (
@@ -132,6 +132,7 @@ class Base:
         self.kind, self.folder = kind, folder / "folder"
         self.file = single_file(pipe, kind, folder / "base.safetensors")
         pipe.save_pretrained(self.folder)
+        as_published(self.folder)
         self.stock: Any = StableDiffusionXLPipeline if kind == "xl" else StableDiffusionPipeline
         self.ours: Any = FineLIPStableDiffusionXLPipeline if kind == "xl" else FineLIPStableDiffusionPipeline
         self.pipe = pipe

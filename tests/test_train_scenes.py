@@ -25,7 +25,7 @@ STEPS = (
 SMALL = {
     "mixed_precision": "no",  # bfloat16 takes a CPU without units for it three times as long
     "num_captions": 64,
-    "num_latents": 64,
+    "num_latents": 16,
     "num_workers": 1,
     "autoencoder_batch_size": 2,
     "clip_groups": 2,
@@ -125,8 +125,7 @@ def test_a_resumed_run_equals_a_straight_one(trained: Path, tmp_path: Path) -> N
 
 def test_another_style_moves_the_unet_alone(trained: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(trained, tmp_path / "restyled")
-    done = scripts.run(SCRIPT, "--output_dir", folder, "--stage", "restyle", "--num_captions", 64, "--num_latents", 64,
-                       "--unet_batch_size", 2, "--restyle_steps", 2)  # fmt: skip
+    done = train(folder, 2, "--stage", "restyle", "--restyle_steps", "2")
     assert done.returncode == 0, done.stderr[-2000:]
     name = "diffusion_pytorch_model.safetensors"
     moved, own = load_file(folder / "restyled" / name), load_file(folder / "model" / "unet" / name)
