@@ -31,8 +31,8 @@ from transformers import HfArgumentParser
 from finelip_diffusion.evaluation.features import extract, load_extractor
 from finelip_diffusion.evaluation.intervals import bootstrap_interval, markdown_table, shown
 from finelip_diffusion.files import writing
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.metrics import frechet_intervals
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import IMAGE_SIZE, describe, render, sample_scene
 from finelip_diffusion.validation import counts_of, draw
 

@@ -16,7 +16,7 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline
-from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.scenes import find_facts, findings, read
 
 PROMPT = Path(__file__).with_name("unseen_prompt.txt")  # in a wording that the model was not trained on

@@ -9,6 +9,9 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 
 from .checkpoints import SUFFIXES, read_json, shard_names
 
+BUNDLED_MODEL = Path(__file__).parent / "bundled"
+"""A small Stable Diffusion of the scenes world; its `finelip/` holds the long encoder."""
+
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",

@@ -256,7 +256,7 @@ def _weighted_statistics(features: Features, weights: np.ndarray) -> tuple[np.nd
     mean = weights @ rows / n
     rows -= mean
     rows *= np.sqrt(weights / (n - 1))[:, None]
-    return mean, np.linalg.qr(rows, mode="r") if len(rows) > rows.shape[1] else rows
+    return mean, np.asarray(np.linalg.qr(rows, mode="r")) if len(rows) > rows.shape[1] else rows
 
 
 def _squared_distance(mean_a: np.ndarray, factor_a: np.ndarray, mean_b: np.ndarray, factor_b: np.ndarray) -> float:

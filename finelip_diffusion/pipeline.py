@@ -28,14 +28,11 @@ from .drawing import draw
 from .encoding import PromptEmbeds
 from .lengthening import STOCK, check_widths, default_settings, in_place, is_stock, second_source
 from .loading import adapted_unet, fuse_adapters, single_file_components
-from .locations import model_index
+from .locations import BUNDLED_MODEL, model_index
 from .prompt_encoder import PromptEncoder, with_signature_of
 from .prompts import LongPrompt, PromptReport, PromptSettings, Weighting
 from .publishing import push_to_hub
 from .upstream import name_dtype
-
-BUNDLED_MODEL = Path(__file__).parent / "bundled"
-"""A small Stable Diffusion of the scenes world; its `finelip/` holds the long encoder and the UNet adapted to it."""
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "token")
 

@@ -15,9 +15,10 @@ from transformers import CLIPTokenizer
 
 from .denoising import denoising_target, min_snr_weights, squared_error
 from .lengthening import check_lengths, check_widths, long_encoder, second_source
+from .locations import BUNDLED_MODEL
 from .model import FineLIPModel
 from .objective import Objective, TrainingStep
-from .pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
+from .pipeline import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
 from .probing import FactProbe
 from .recipes import Recipe
 from .text_encoder import TextEncoder

@@ -31,7 +31,7 @@ from finelip_diffusion.evaluation.adherence import (
     reading,
     sentences_of,
 )
-from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.prompts import read_prompt
 from finelip_diffusion.scenes import CELL_SIZE, describe, render, sample_scene, stock_border
 

@@ -7,8 +7,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.metrics import probe_text_states
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import CELL_SIZE, COLOURS, describe, findings, read, sample_scene
 from finelip_diffusion.tokenizer import clip_tokenizer
 

@@ -15,7 +15,7 @@ from tiny_models import tiny_text_encoder
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finelip_diffusion import cli
-from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.text_encoder import load_text_encoder
 from finelip_diffusion.tokenizer import clip_tokenizer
 

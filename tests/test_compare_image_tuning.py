@@ -14,7 +14,7 @@ import pytest
 import scripts
 from transformers import HfArgumentParser
 
-from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.scenes import IMAGE_SIZE
 from finelip_diffusion.tuning import load_parts
 

@@ -12,8 +12,8 @@ from finelip_diffusion.evaluation import comparison
 from finelip_diffusion.evaluation.adherence import Judge
 from finelip_diffusion.evaluation.comparison import Findings, about, distances
 from finelip_diffusion.evaluation.images import Condition, Prompt
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.metrics import cmmd, frechet_intervals, kernel_distance
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 
 CONDITIONS = [
     Condition("base", name, None, source, "truncate", "")

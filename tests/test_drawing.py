@@ -32,7 +32,7 @@ from finelip_diffusion.evaluation.images import (
     read_conditions,
     save_image,
 )
-from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.prompts import LongPrompt
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from finelip_diffusion.evaluation.retrieval import embed_gallery, gallery_scores, ranks, scenes_gallery
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.model import FineLIPModel, load_clip
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import describe, render, sample_scene
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "evaluate_retrieval.py"

@@ -10,7 +10,7 @@ import scripts
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.scenes import IMAGE_SIZE, describe, render, repainted, sample_scene
 from finelip_diffusion.tokenizer import clip_tokenizer
 

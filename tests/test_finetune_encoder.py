@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from test_sharding import needs_sharding
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.model import FineLIPModel
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import IMAGE_SIZE, describe, render, sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,8 +19,8 @@ from tiny_models import pixels
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.model import load_clip
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.runs import read_preset
 from finelip_diffusion.scenes import describe, render, sample_scene
 from finelip_diffusion.tuning import load_parts

@@ -13,9 +13,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPTokenizer
 from finelip_diffusion.data.datasets import Example
 from finelip_diffusion.evaluation.retrieval import embed_gallery, evaluate, token_scores
 from finelip_diffusion.heads import HEADS_FILE, load_heads, own_score
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel, load_clip
 from finelip_diffusion.objective import Objective, TrainingStep
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.recipes import Recipe, read_recipe
 from finelip_diffusion.scenes import describe, render, sample_scene
 

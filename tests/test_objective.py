@@ -14,9 +14,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from finelip_diffusion.data.batches import Collator
 from finelip_diffusion.data.datasets import ScenesDataset
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel
 from finelip_diffusion.objective import HEADS, SIGMOID_BIAS, Objective, TrainingStep, cached_backward
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.recipes import Recipe, make_recipe, read_content
 from finelip_diffusion.refinement import AttentionPooling, TokenRefinement
 from finelip_diffusion.tokenizer import VOCAB_SIZE

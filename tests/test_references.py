@@ -13,7 +13,7 @@ from finelip_diffusion.evaluation.comparison import distances, floor_label, like
 from finelip_diffusion.evaluation.features import load_extractor
 from finelip_diffusion.evaluation.images import Condition, Settings
 from finelip_diffusion.evaluation.references import load_autoencoder, with_wrong_facts
-from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.scenes import Scene, describe, findings, render, sample_scene
 
 SCENES = [sample_scene(seed, "test", (4, 9)) for seed in range(40)]

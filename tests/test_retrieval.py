@@ -21,8 +21,8 @@ from finelip_diffusion.evaluation.retrieval import (
     ranks,
     scenes_gallery,
 )
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import describe, render, sample_scene
 
 

@@ -18,8 +18,8 @@ from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb
 
 from finelip_diffusion import FineLIPStableDiffusionPipeline, load_text_encoder
 from finelip_diffusion.lengthening import is_stock, nobody_trained
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.model import FineLIPModel, load_clip
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.publishing import model_card
 from finelip_diffusion.rotary import (
     NTK_FACTOR,

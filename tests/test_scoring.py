@@ -18,8 +18,8 @@ from finelip_diffusion.evaluation.features import load_extractor
 from finelip_diffusion.evaluation.promptsets import read_set, write_pictures
 from finelip_diffusion.evaluation.scoring import list_pictures, own_prompt, read_prompt_file
 from finelip_diffusion.evaluation.vision import load_vision_judge
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.metrics import FeatureStatistics, cmmd_intervals, frechet_distance, frechet_intervals
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.scenes import describe, render, sample_scene
 
 CLIP = ["--judges", "clip=bundled/clip"]

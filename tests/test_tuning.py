@@ -27,10 +27,10 @@ from finelip_diffusion.data.latents import (
 )
 from finelip_diffusion.denoising import denoising_target, min_snr_weights, sample_timesteps
 from finelip_diffusion.evaluation.retrieval import embed_gallery, evaluate, scenes_gallery
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.low_rank import adapt_encoder, adapt_unet, fuse, save_unet_lora
 from finelip_diffusion.memory import Counter, activation_bytes
 from finelip_diffusion.model import FineLIPModel, load_clip
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.probing import FactProbe
 from finelip_diffusion.scenes import Object, Scene, describe, render, sample_scene
 from finelip_diffusion.teaching import Prompts, TrajectoryDataset, make_teacher, write_trajectories

@@ -14,7 +14,7 @@ from finelip_diffusion.evaluation.judging import Kept, ask, by_category, sheet_o
 from finelip_diffusion.evaluation.preferences import load_preference
 from finelip_diffusion.evaluation.questions import ONE_WORD, Answer, Question
 from finelip_diffusion.evaluation.vision import SHOWS, YES_OR_NO, VisionJudge, load_vision_judge, whole
-from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.scenes import render, sample_scene
 
 QUESTIONS = (

@@ -39,9 +39,10 @@ from finelip_diffusion.evaluation.adherence import prediction_drift
 from finelip_diffusion.evaluation.intervals import interval, markdown_table, number
 from finelip_diffusion.evaluation.retrieval import embed_gallery, evaluate, scenes_gallery
 from finelip_diffusion.files import writing
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.metrics import probe_text_states, state_drift
 from finelip_diffusion.model import load_clip
-from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
+from finelip_diffusion.pipeline import FineLIPStableDiffusionPipeline
 from finelip_diffusion.positions import STOCK_POSITIONS
 from finelip_diffusion.recipes import read_content
 from finelip_diffusion.scenes import Caption, describe, findings, read, render, sample_scene

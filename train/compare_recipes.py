@@ -49,9 +49,10 @@ from finelip_diffusion.evaluation.intervals import bootstrap_interval, markdown_
 from finelip_diffusion.evaluation.retrieval import SceneGallery, embed_gallery, evaluate, scenes_gallery
 from finelip_diffusion.files import writing
 from finelip_diffusion.heads import load_heads, own_score
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.metrics import probe_text_states, state_drift
 from finelip_diffusion.model import load_clip
-from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
+from finelip_diffusion.pipeline import FineLIPStableDiffusionPipeline
 from finelip_diffusion.positions import STOCK_POSITIONS
 from finelip_diffusion.recipes import make_recipe, read_content
 from finelip_diffusion.scenes import ATTRIBUTES, IMAGE_SIZE, describe, sample_scene

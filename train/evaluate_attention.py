@@ -21,7 +21,8 @@ from transformers import HfArgumentParser
 
 from finelip_diffusion.attention import AttentionMaps, record_attention
 from finelip_diffusion.evaluation.intervals import bootstrap_interval, markdown_table, shown
-from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
+from finelip_diffusion.locations import BUNDLED_MODEL
+from finelip_diffusion.pipeline import FineLIPStableDiffusionPipeline
 from finelip_diffusion.prompts import LongPrompt, PromptReport, sentence_spans
 from finelip_diffusion.scenes import CELL_SIZE, Caption, describe, sample_scene
 

@@ -30,7 +30,8 @@ from transformers import HfArgumentParser
 
 from finelip_diffusion.evaluation.intervals import bootstrap_interval, markdown_table, shown
 from finelip_diffusion.files import writing
-from finelip_diffusion.pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline
+from finelip_diffusion.locations import BUNDLED_MODEL
+from finelip_diffusion.pipeline import FineLIPStableDiffusionPipeline
 from finelip_diffusion.prompts import LongPrompt
 from finelip_diffusion.scenes import (
     CHANGES,

@@ -40,9 +40,9 @@ from finelip_diffusion.evaluation import retrieval
 from finelip_diffusion.files import writing
 from finelip_diffusion.gathering import average_gradients, gather_with_gradients
 from finelip_diffusion.heads import HEADS_FILE, OWN_SCORES
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel, load_clip
 from finelip_diffusion.objective import IMAGE, TEACHER, Objective, TrainingStep, cached_backward
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.recipes import Recipe, read_recipe
 from finelip_diffusion.resuming import find_checkpoint, save_checkpoint, step_of
 from finelip_diffusion.rotary import mark_trained

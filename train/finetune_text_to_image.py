@@ -57,10 +57,10 @@ from finelip_diffusion.denoising import sample_timesteps
 from finelip_diffusion.files import writing
 from finelip_diffusion.gathering import gather_with_gradients, longest_of_all
 from finelip_diffusion.heads import HEADS_FILE
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.low_rank import adapt_encoder, adapt_unet, fuse, save_unet_lora
 from finelip_diffusion.memory import activation_bytes
 from finelip_diffusion.model import load_clip
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.probing import FactProbe, fit_probe
 from finelip_diffusion.recipes import Recipe, read_recipe
 from finelip_diffusion.resuming import find_checkpoint, save_checkpoint, step_of

@@ -15,8 +15,8 @@ from ..data.captions import sentence_runs
 from ..data.datasets import GROUP_SIZE, Example
 from ..data.sources import Skip
 from ..heads import TokenScore, finelip_score
+from ..locations import BUNDLED_MODEL
 from ..model import GLOBAL_SHARE, FineLIPModel
-from ..pipeline import BUNDLED_MODEL
 from ..scenes import STOCK_CONTENT_TOKENS, Caption, Scene, alterations, describe, fact_tokens, render, sample_scene
 
 VIEWS = ("whole", "without_first", "first_last", "truncated", "sentences")

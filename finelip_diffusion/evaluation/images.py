@@ -16,8 +16,8 @@ from diffusers import DiffusionPipeline, StableDiffusionXLImg2ImgPipeline, UNet2
 from PIL import Image
 
 from ..files import png_text, writing
-from ..locations import locate
-from ..pipeline import BUNDLED_MODEL, FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
+from ..locations import BUNDLED_MODEL, locate
+from ..pipeline import FineLIPStableDiffusionPipeline, FineLIPStableDiffusionXLPipeline
 from ..prompts import LongPrompt
 from ..scenes import Scene
 from ..upstream import name_dtype

@@ -10,8 +10,8 @@ from tiny_clip import END, TOKENIZER, TOWER, E, draw_batch, randomize
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.model import FineLIPModel
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 
 
 @pytest.fixture(autouse=True)

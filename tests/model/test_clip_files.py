@@ -22,8 +22,8 @@ from tiny_clip import (
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel
 
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.model import FineLIPModel, load_clip
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.positions import stretch_positions
 from finelip_diffusion.tokenizer import VOCAB_SIZE
 from finelip_diffusion.towers import image_tower

@@ -12,8 +12,8 @@ from tiny_models import tiny_text_encoder
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.model import FineLIPModel, load_clip
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.tokenizer import VOCAB_SIZE
 
 

@@ -25,8 +25,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 import finelip_diffusion
 from finelip_diffusion import FineLIPStableDiffusionPipeline, load_text_encoder
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.model import FineLIPConfig, FineLIPModel, FineLIPOutput, load_clip
-from finelip_diffusion.pipeline import BUNDLED_MODEL
 from finelip_diffusion.refinement import adaptive_mask
 from finelip_diffusion.text_encoder import save_text_encoder
 

@@ -11,7 +11,7 @@ from tiny_models import WIDTH
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from finelip_diffusion.pipeline import BUNDLED_MODEL
+from finelip_diffusion.locations import BUNDLED_MODEL
 from finelip_diffusion.tokenizer import VOCAB_SIZE
 
 E, PATCHES, REFINED = 24, 16, 3
