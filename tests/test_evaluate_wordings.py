@@ -67,6 +67,35 @@ def test_a_run_is_compared_with_another_on_the_same_prompts(tmp_path: Path) -> N
     assert f"--compared_with {tmp_path / 'none'} has no report.json in it" in done.stderr.splitlines()[-1]
 
 
+def test_a_run_goes_on_where_one_was_killed(tmp_path: Path) -> None:
+    """Rows that are there stay, others are drawn as they would have been, and other settings are not mixed in."""
+    flags = ["--output_dir", tmp_path, "--num_prompts", 2, "--num_inference_steps", 2, "--sets", "splits"]
+    done = scripts.run(SCRIPT, *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    file = tmp_path / "report.json"
+    straight = json.loads(file.read_text())
+    cut = json.loads(file.read_text())
+    del cut["sets"]["splits"]["unseen"]
+    marked = cut["sets"]["splits"]["sentences"]["prompts"][0]["facts"][0]
+    marked["found"] = not marked["found"]  # it is seen which rows are drawn again
+    cut["sets"]["splits"]["all"]["prompts"][1]["prompt"] = "of an older version of the captions"
+    file.write_text(json.dumps(cut))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "report.json").write_text(json.dumps(straight))
+    done = scripts.run(SCRIPT, *flags, "--resume", True, "--compared_with", tmp_path / "other")
+    assert done.returncode == 0, done.stderr[-2000:]
+    resumed = json.loads(file.read_text())["sets"]["splits"]
+    for name in ("all", "unseen"):
+        assert resumed[name].pop("difference")["value"] == 0
+        assert resumed[name] == straight["sets"]["splits"][name]
+    assert resumed["sentences"]["prompts"] == cut["sets"]["splits"]["sentences"]["prompts"]
+    done = scripts.run(SCRIPT, *flags, "--resume", True, "--guidance_scale", 5, "--long_prompt", "chunk")
+    assert done.returncode != 0
+    assert "has other settings of --guidance_scale, --long_prompt: give the same" in done.stderr.splitlines()[-1]
+    done = scripts.run(SCRIPT, *flags, "--sets", "anywhere")
+    assert list(json.loads(file.read_text())["sets"]) == ["anywhere"]  # without the flag it begins anew
+
+
 def test_another_unet_is_the_one_that_draws(tmp_path: Path) -> None:
     config = UNet2DConditionModel.load_config(BUNDLED_MODEL / "unet")
     UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "unet")  # of random weights

@@ -55,6 +55,7 @@ from finelip_diffusion.tokenizer import clip_tokenizer
 
 SETS = ("splits", "families", "changes", "people", "anywhere", "window", "reading", "sample")
 LONG, FAR = 200, 190  # tokens of a caption that is long, and the token after which a fact ends late
+FREE = {"output_dir", "sets", "resume", "compared_with"}  # flags that may change from a run to the one that resumes it
 SIDES = ("found", "before", "after", f"after {FAR}")
 PEOPLE = Path(__file__).resolve().parents[1] / "examples" / "peoples_words.json"
 
@@ -86,6 +87,10 @@ class Arguments:
         metadata={
             "help": "The seed of the first prompt. Prompt i uses this seed plus i for its scene, caption and noise."
         },
+    )
+    resume: bool = field(
+        default=False,
+        metadata={"help": "Whether to keep the rows that an earlier run with the same settings left in --output_dir."},
     )
     compared_with: Path | None = field(
         default=None,
@@ -254,6 +259,26 @@ def other_run(args: Arguments, told: dict[str, dict[str, list[Caption]]]) -> dic
     return others
 
 
+def rows_done(args: Arguments) -> dict[str, Any]:
+    """The sets that an earlier run left in the output folder, if this one resumes it."""
+    file = args.output_dir / "report.json"
+    if not (args.resume and file.is_file()):
+        return {}
+    report, now = json.loads(file.read_text(encoding="utf-8")), settings(args)
+    others = [f"--{name}" for name in sorted(now.keys() - FREE) if report["settings"].get(name) != now[name]]
+    if others:
+        raise ValueError(
+            f"--resume: the run in {args.output_dir} has other settings of {', '.join(others)}: give the same ones, "
+            "or another --output_dir."
+        )
+    return report["sets"]
+
+
+def settings(args: Arguments) -> dict[str, str]:
+    """All flags, as the report has them."""
+    return {key: str(value) for key, value in asdict(args).items()}
+
+
 def reading(args: Arguments) -> dict[str, dict[str, Any]]:
     """Precision and recall of find_facts, by family, without and with noise, and of the people's words."""
     sets = {}
@@ -285,7 +310,8 @@ def reading(args: Arguments) -> dict[str, dict[str, Any]]:
 
 def table(title: str, rows: dict[str, Any]) -> list[str]:
     """Rows of figures in Markdown."""
-    keys = [key for key in (*SIDES, "difference", "precision", "recall") if key in next(iter(rows.values()))]
+    known = (*SIDES, "difference", "precision", "recall")
+    keys = [key for key in known if all(key in result for result in rows.values())]
     whole = "found" if "found" in keys else "recall"
     cells = [
         [row, *(shown(result[key], sign=key == "difference") for key in keys), str(result[whole]["n"])]
@@ -306,9 +332,9 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def main(args: Arguments) -> None:
-    report: dict[str, Any] = {"settings": {key: str(value) for key, value in asdict(args).items()}, "sets": {}}
     told = {name: rows_of(name, args) for name in args.sets if name not in ("reading", "sample")}
-    others = other_run(args, told)
+    others, done = other_run(args, told), rows_done(args)
+    report: dict[str, Any] = {"settings": settings(args), "sets": done}
     pipe: Any = None
     if set(args.sets) - {"reading"}:
         finelip = args.finelip or str(args.model / "finelip")
@@ -318,23 +344,28 @@ def main(args: Arguments) -> None:
         pipe.set_progress_bar_config(disable=True)
     for name in args.sets:
         if name == "reading":
-            report["sets"][name] = reading(args)
+            done[name] = reading(args)
+            write(report, args.output_dir)
         elif name == "sample":
             with writing(args.output_dir / "sample.png") as file:
                 sheet(pipe, args).save(file, "PNG")
-        else:
-            report["sets"][name] = {}
-            for row, captions in told[name].items():
+        for row, captions in told.get(name, {}).items():
+            prompts = done.get(name, {}).get(row, {}).get("prompts", [])
+            if [each["prompt"] for each in prompts] != [str(caption) for caption in captions]:
                 prompts = drawn(pipe, captions, args, row)
-                compared = {"difference": difference(prompts, others[name][row])} if others else {}
-                report["sets"][name][row] = figures(prompts) | compared | {
-                    "wordings": by_wording(prompts), "prompts": prompts,
-                }  # fmt: skip
-        with writing(args.output_dir / "report.json") as file:
-            file.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        with writing(args.output_dir / "report.md") as file:
-            file.write_text(tables(report), encoding="utf-8")
+            compared = {"difference": difference(prompts, others[name][row])} if others else {}
+            done.setdefault(name, {})[row] = figures(prompts) | compared | {
+                "wordings": by_wording(prompts), "prompts": prompts,
+            }  # fmt: skip
+            write(report, args.output_dir)
     tqdm.write(tables(report))
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """Writes what there is of a report."""
+    with writing(folder / "report.json") as data, writing(folder / "report.md") as page:
+        data.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        page.write_text(tables(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
