@@ -174,7 +174,7 @@ def drawn(pipe: FineLIPStableDiffusionPipeline, captions: list[Caption], args: A
             for record, fact in zip(found, caption.facts, strict=True):
                 if not fact.object.size:
                     record["found"] = bool(record["shape"] and record["colour"])
-        rows.append({"prompt": str(caption), "wording": caption.wording, "facts": found})
+        rows.append({"prompt": str(caption), "facts": found})
     return rows
 
 
@@ -353,6 +353,8 @@ def main(args: Arguments) -> None:
             prompts = done.get(name, {}).get(row, {}).get("prompts", [])
             if [each["prompt"] for each in prompts] != [str(caption) for caption in captions]:
                 prompts = drawn(pipe, captions, args, row)
+            for each, caption in zip(prompts, captions, strict=True):  # reports of older versions do not name it
+                each["wording"] = caption.wording
             compared = {"difference": difference(prompts, others[name][row])} if others else {}
             done.setdefault(name, {})[row] = figures(prompts) | compared | {
                 "wordings": by_wording(prompts), "prompts": prompts,
